@@ -1,0 +1,1 @@
+"""wanfast: Wan 2.2 video generation, exact and fast."""

@@ -1,0 +1,17 @@
+"""The errors a user can meet, one per kind of thing to mend."""
+
+
+class RequestError(ValueError):
+    """An argument breaks a rule: the message names the argument, the rule, the value and a value that works."""
+
+
+class CheckpointError(ValueError):
+    """A model file cannot be used: the message names the file and, where one is at fault, the tensor."""
+
+
+class MemoryBudgetError(MemoryError):
+    """What was asked for does not fit: the message gives the numbers and what would fit."""
+
+
+class MediaError(OSError):
+    """A picture or video cannot be read or written: the message names the file and what would work."""

@@ -1,0 +1,1 @@
+"""The text side: cleaning, tokenising and the umT5 encoder."""

@@ -1,0 +1,1 @@
+"""The VAEs: streaming encode and decode of the Wan 2.1 and Wan 2.2 codecs."""
