@@ -11,7 +11,7 @@ demo: $(VENV)/.user
 	@$(BIN)/wanfast generate "a red circle moves left" --seed 0 --output demo.mp4 --overwrite
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 check: lint types
 
@@ -28,7 +28,7 @@ types: $(VENV)/.dev
 	cd .typecheck && $(abspath $(BIN))/python -m mypy -p wanfast
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/pytest benchmarks
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """A linear layer: its weights as data, and the one function that applies it.
 
-Every projection of the DiT and of the text encoder goes through `linear`, so storage in other formats has one place to enter.
+Every projection of the DiT and of the text encoder goes through `linear`: other storage formats enter here.
 """
 
 from dataclasses import dataclass

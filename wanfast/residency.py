@@ -1,6 +1,6 @@
-"""Where weights are: blocks kept on the device as far as a budget allows, the rest brought there each time they are used.
+"""Where weights are: blocks kept on the device as far as a budget allows, the rest brought there for each use.
 
-A model asks for its blocks in order and never knows where they came from; everything about offloading lives behind `Residency.blocks`.
+A model asks for its blocks in order and never knows where they came from: offloading lives behind `Residency.blocks`.
 """
 
 import dataclasses
@@ -87,8 +87,8 @@ def free_memory(device: torch.device) -> int:
 class Residency(Generic[Block]):
     """The blocks of a model's experts on one device.
 
-    One expert at a time lives on the device: the first `budget // block` of its blocks stay there between passes, the others are
-    loaded anew in each pass. Asking for another expert first lets the current one go, so the two never need room at the same time.
+    One expert at a time lives on the device: as many of its first blocks as fit the budget stay there between passes,
+    the others are loaded anew in each pass. Asking for another expert first lets the current one go.
     """
 
     def __init__(

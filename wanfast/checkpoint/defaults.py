@@ -1,0 +1,62 @@
+"""Sampling defaults a checkpoint folder may bring along, in a `wanfast.json`: they stand in for the official ones."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from wanfast.checkpoint.files import read_json
+from wanfast.errors import CheckpointError
+
+FILE_NAME = "wanfast.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a checkpoint is best sampled with; None leaves the official default of its task."""
+
+    name: str | None = None
+    width: int | None = None  # pixels
+    height: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    shift: float | None = None
+    guidance: float | None = None  # of a model with one expert
+    guidance_high: float | None = None
+    guidance_low: float | None = None
+    boundary: float | None = None  # sigma, between 0 and 1
+    fps: int | None = None
+
+
+def read_sampling_defaults(folder: Path) -> SamplingDefaults:
+    """Read `wanfast.json` from a checkpoint folder; without one, nothing is set.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a key or a value in it is not one wanfast knows.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return SamplingDefaults()
+    content = read_json(path)
+    known = [field.name for field in fields(SamplingDefaults)]
+    for key, value in content.items():
+        if key not in known:
+            raise CheckpointError(f"{path}: {key}: is not a setting, known are {', '.join(known)}")
+        rule = _broken_rule(key, value)
+        if rule:
+            raise CheckpointError(f"{path}: {key}: must be {rule}, got {value!r}")
+    return SamplingDefaults(**content)
+
+
+def _broken_rule(key: str, value: Any) -> str:
+    """The rule that a value breaks, or nothing."""
+    if key == "name":
+        return "" if isinstance(value, str) and value else "a text"
+    if key in ("width", "height", "num_frames", "num_inference_steps", "fps"):
+        return "" if type(value) is int and value >= 1 else "a whole number, at least 1"
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if key == "shift":
+        return "" if is_number and value > 0 else "a number above 0"
+    if key == "boundary":
+        return "" if is_number and 0 < value < 1 else "a number between 0 and 1"
+    return "" if is_number else "a number"

@@ -1,0 +1,216 @@
+"""Reads tensors of one model part by name, one at a time, from safetensors files, `.pth` files or memory.
+
+Opening reads headers only. A loaded tensor is a view of the memory-mapped file: no bytes are copied, the operating
+system fetches the pages that are touched and may drop them again.
+
+Source: Hugging Face's sharded checkpoints, `<name>.safetensors.index.json` with a `weight_map` from tensor to file.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanfast.checkpoint.files import TensorRef, read_json, refuse_pointer
+from wanfast.checkpoint.safetensors_format import safetensors_refs
+from wanfast.errors import CheckpointError
+
+
+class Reader:
+    """The tensors of one model part by official name; nothing is read until `load`."""
+
+    __slots__ = ("_refs", "path")
+
+    def __init__(self, refs: Mapping[str, TensorRef], path: Path) -> None:
+        self._refs = dict(refs)
+        self.path = path  # the file, index or folder opened, for messages
+
+    def names(self) -> frozenset[str]:
+        """All tensor names."""
+        return frozenset(self._refs)
+
+    def ref(self, name: str) -> TensorRef:
+        """The entry of one tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        try:
+            return self._refs[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the header alone."""
+        return self.ref(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's stored dtype, from the header alone."""
+        return self.ref(name).dtype
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self.ref(name).file
+
+    def load(self, name: str) -> Tensor:
+        """Return one tensor on the CPU in its stored dtype; it may share the file's pages, so do not write to it.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file has gone.
+        """
+        return self.ref(name).load()
+
+    def where(self, name: str) -> str:
+        """File and tensor for a message, with the stored name where a rename hides it."""
+        ref = self.ref(name)
+        stored = "" if ref.stored_name == name else f" (stored as {ref.stored_name})"
+        return f"{ref.file}: tensor {name}{stored}"
+
+    def renamed(self, names: Mapping[str, str]) -> "Reader":
+        """Return a reader of the same tensors under other names.
+
+        Args:
+            names: present name -> new name; a present name that is not a key is left out.
+
+        Raises:
+            CheckpointError: two tensors would get one name, or a key is not present.
+        """
+        refs: dict[str, TensorRef] = {}
+        for old, new in names.items():
+            ref = self.ref(old)
+            if new in refs:
+                raise CheckpointError(
+                    f"{self.path}: tensors {refs[new].stored_name} and {ref.stored_name} both mean {new}; "
+                    "the file mixes two naming schemes"
+                )
+            refs[new] = ref
+        return Reader(refs, self.path)
+
+
+def memory_reader(tensors: Mapping[str, Tensor], path: str | Path = "memory") -> Reader:
+    """Return a reader over tensors that are in memory already; `load` returns them as they are."""
+    return _tensors_reader(tensors, Path(path))
+
+
+def open_file(path: str | Path) -> Reader:
+    """Open one `.safetensors`, `.safetensors.index.json`, `.pth` or `.pt` file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or is of another kind.
+    """
+    path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        return open_sharded(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return open_pickle(path)
+    raise CheckpointError(f"{path}: not a tensor file wanfast knows; it reads .safetensors and .pth")
+
+
+def open_folder(folder: str | Path) -> Reader:
+    """Open the one safetensors checkpoint in a folder: its index with all shards, or its single file.
+
+    Raises:
+        CheckpointError: there is none, there are several, or a file in it cannot be used.
+    """
+    folder = Path(folder)
+    for pattern, opener in (("*.safetensors.index.json", open_sharded), ("*.safetensors", open_safetensors)):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return opener(found[0])
+        if found:
+            names = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
+            rule = "keep one" if "index" in pattern else "shards need their .safetensors.index.json; download it too"
+            raise CheckpointError(f"{folder}: {len(found)} files match {pattern} ({names}); {rule}")
+    raise CheckpointError(f"{folder}: holds no .safetensors file; download the folder again")
+
+
+def open_sharded(index: str | Path) -> Reader:
+    """Open all shards that a `.safetensors.index.json` names.
+
+    Raises:
+        CheckpointError: the index or a shard is missing or damaged, or they disagree about who holds which tensor.
+    """
+    index = Path(index)
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor to file; download it again")
+    shards = sorted(set(weight_map.values()))
+    foreign = [shard for shard in shards if Path(shard).name != shard]
+    if foreign:
+        raise CheckpointError(f"{index}: names {foreign[0]!r}, which is not a file beside it; download it again")
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent / missing[0]}: missing ({len(missing)} of {len(shards)} shards named by {index.name}: "
+            f"{', '.join(missing)}); download them"
+        )
+    refs: dict[str, TensorRef] = {}
+    for shard in shards:
+        for name, ref in safetensors_refs(index.parent / shard).items():
+            if name in refs:
+                raise CheckpointError(f"{ref.file}: tensor {name} is also in {refs[name].file.name}; keep one copy")
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{ref.file}: tensor {name} is not listed there by {index.name}; download both again"
+                )
+            refs[name] = ref
+    lost = sorted(weight_map.keys() - refs.keys())
+    if lost:
+        file = index.parent / weight_map[lost[0]]
+        raise CheckpointError(f"{file}: tensor {lost[0]} is missing, though {index.name} lists it; download it again")
+    return Reader(refs, index)
+
+
+def open_safetensors(path: str | Path) -> Reader:
+    """Open one safetensors file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or breaks the format: named with the tensor at fault.
+    """
+    return Reader(safetensors_refs(Path(path)), Path(path))
+
+
+def open_pickle(path: str | Path) -> Reader:
+    """Open a `.pth` zip pickle that holds one dict of tensors; nothing else in it is ever run.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or holds anything but a dict of tensors.
+    """
+    path = Path(path)
+    refuse_pointer(path)
+    try:
+        content = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the damaged bytes lead it to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "Cannot allocate memory" in reason:
+            raise CheckpointError(f"{path}: larger than this machine's memory and swap; add swap space") from None
+        raise CheckpointError(
+            f"{path}: not a zip pickle of plain tensors, or damaged ({reason}); download it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; use the original file")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor with a name; "
+                "use a file that holds the bare state dict"
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: tensor {name} is not a plain dense tensor; use the original file")
+    return _tensors_reader(content, path)
+
+
+def _tensors_reader(tensors: Mapping[str, Tensor], path: Path) -> Reader:
+    def take(tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    refs = {
+        name: TensorRef(path, name, tuple(tensor.shape), tensor.dtype, partial(take, tensor))
+        for name, tensor in tensors.items()
+    }
+    return Reader(refs, path)

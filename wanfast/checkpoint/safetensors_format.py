@@ -1,0 +1,146 @@
+"""The safetensors format: a JSON header, checked whole before any tensor is believed, and views into the mapped file.
+
+Source: https://github.com/huggingface/safetensors, README, "Format".
+"""
+
+import math
+import mmap
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanfast.checkpoint.files import TensorRef, parse_object, refuse_pointer, unreadable
+from wanfast.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# The format's own limit; a longer header is damage, and must not be read into memory.
+_MAX_HEADER_BYTES = 100_000_000
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
+_DAMAGED = "the file is damaged; download it again"
+
+
+def safetensors_refs(path: Path) -> dict[str, TensorRef]:
+    """Read the header of a safetensors file into entries by tensor name.
+
+    Raises:
+        CheckpointError: the file cannot be read or breaks the format: named with the tensor at fault.
+    """
+    header, data_start, data_bytes = _read_header(path)
+    header.pop("__metadata__", None)
+
+    mapping = cache(partial(_map_file, path, data_start + data_bytes))
+    refs: dict[str, TensorRef] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        shape, dtype, begin, end = _check_entry(path, name, entry)
+        spans.append((begin, end, name))
+        load = partial(_view, mapping, data_start + begin, data_start + end, shape, dtype)
+        refs[name] = TensorRef(path, name, shape, dtype, load)
+    _check_spans(path, spans, data_bytes)
+    return refs
+
+
+def _map_file(path: Path, num_bytes: int) -> Tensor:
+    """The whole file as uint8, private and copy-on-write."""
+    try:
+        with path.open("rb") as file:
+            if sys.platform == "linux":
+                # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than its memory and swap.
+                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                pages = mmap.mmap(file.fileno(), num_bytes, flags=flags, prot=protection)
+            else:
+                pages = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be mapped any more ({error}); was it replaced?") from None
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Header, byte where the data starts, bytes of data."""
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: not a safetensors file; download it again")
+            if length > file_bytes - 8:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or cut short within its header "
+                    f"(of {length} bytes, in a file of {file_bytes}); download it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    try:
+        return parse_object(text), 8 + length, file_bytes - 8 - length
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file (header: {error}); download it again") from None
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+    """Shape, dtype, first and last-plus-one byte of one header entry, each checked."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: tensor {name} has no dtype, shape and data_offsets; {_DAMAGED}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(f"{path}: tensor {name} has dtype {entry['dtype']!r}; wanfast reads {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
+        raise CheckpointError(f"{path}: tensor {name} has no valid shape; {_DAMAGED}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{path}: tensor {name} has no valid data_offsets; {_DAMAGED}")
+    begin, end = offsets
+    want = math.prod(shape) * dtype.itemsize
+    if end - begin != want:
+        raise CheckpointError(
+            f"{path}: tensor {name} occupies {end - begin} bytes, but {entry['dtype']} {shape} is {want}; {_DAMAGED}"
+        )
+    return tuple(shape), dtype, begin, end
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
+    """Tensors must cover the data without gap or overlap, as the format demands."""
+    position = 0
+    for begin, end, name in sorted(spans):
+        if end > data_bytes:
+            raise CheckpointError(
+                f"{path}: tensor {name} ends at byte {end} of the data, but the file holds {data_bytes}: "
+                "the file is cut short; download it again"
+            )
+        if begin != position:
+            fault = "overlaps the one before it" if begin < position else f"leaves {begin - position} bytes unused"
+            raise CheckpointError(f"{path}: tensor {name} {fault}; {_DAMAGED}")
+        position = end
+    if position != data_bytes:
+        raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor; {_DAMAGED}")
+
+
+def _view(mapping: Callable[[], Tensor], begin: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    data = mapping()[begin:end]
+    if begin % dtype.itemsize:  # the format does not promise alignment, torch needs it
+        data = data.clone()
+    return data.view(dtype).view(shape)
