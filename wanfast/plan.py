@@ -1,0 +1,355 @@
+"""The plan: every shape, sigma, expert, guidance and seed of a generation, before any weight is touched."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any, Literal, get_args
+
+from wanfast.config import (
+    DEFAULT_NEGATIVE_PROMPT,
+    NUM_TRAIN_TIMESTEPS,
+    DiTConfig,
+    Expert,
+    ExpertName,
+    ModelConfig,
+    SolverName,
+    Task,
+    TextConfig,
+)
+from wanfast.errors import RequestError
+from wanfast.request import (
+    Mode,
+    Request,
+    resolve_fps,
+    resolve_guidance,
+    resolve_mode,
+    resolve_num_frames,
+    resolve_num_inference_steps,
+    resolve_prompts,
+    resolve_seed,
+    resolve_shift,
+    resolve_size,
+    resolve_solver,
+    video_size,
+)
+from wanfast.schedule import sigmas_and_timesteps
+from wanfast.solvers import Step
+
+Precision = Literal["fp32", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model and what its weights take: computed from its sizes, not measured."""
+
+    name: str
+    parameters: int
+    bytes: int  # in the dtypes it computes in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything about one generation that can be known before it starts."""
+
+    model: str
+    task: Task
+    mode: Mode
+    precision: Precision
+    device: str
+    prompt: str
+    negative_prompt: str
+    image_size: tuple[int, int] | None  # (width, height) of the conditioning image
+    asked_size: tuple[int, int]  # (width, height) as asked; with an image only its area counts
+    width: int  # pixels of the video
+    height: int
+    num_frames: int
+    fps: int
+    seed: int
+    solver: SolverName
+    shift: float
+    latent_shape: tuple[int, int, int, int]  # (C, F, H, W)
+    token_grid: tuple[int, int, int]  # patches: frames, rows, columns
+    experts: tuple[Expert, ...]  # with the guidance of this run
+    steps: tuple[Step, ...]
+    parts: tuple[Part, ...]
+    flops_per_forward: int  # computed, 2 per multiply-add
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the DiT's sequence."""
+        return math.prod(self.token_grid)
+
+    @property
+    def num_forwards(self) -> int:
+        """DiT evaluations in all."""
+        return sum(step.num_forwards for step in self.steps)
+
+    @property
+    def steps_per_expert(self) -> dict[ExpertName, int]:
+        """How many steps each expert takes, in the order they run; an expert that takes none is left out."""
+        return {expert: len(list(steps)) for expert, steps in groupby(self.steps, key=lambda step: step.expert)}
+
+
+def make_plan(
+    config: ModelConfig,
+    request: Request,
+    *,
+    precision: Precision,
+    device: str = "cpu",
+    vae_parameters: int | None = None,
+) -> Plan:
+    """Settle a generation.
+
+    Args:
+        config: the model.
+        request: what was asked; None fields take the model's own values, a missing seed a new one.
+        precision: tier the model computes in.
+        device: where it computes, for the printed plan.
+        vae_parameters: size of the VAE, if the plan shall list its bytes too.
+
+    Returns:
+        The plan. `request_of` turns it back into a request that gives the same plan.
+
+    Raises:
+        RequestError: an argument breaks a rule; the message names it, the rule, the value and what would work.
+    """
+    if precision not in get_args(Precision):
+        raise RequestError(f"precision: must be one of {', '.join(get_args(Precision))}, got {precision!r}; try exact")
+    mode = resolve_mode(request, config)
+    prompt, negative_prompt = resolve_prompts(request)
+    width, height = video_size(request, config)
+    num_frames = resolve_num_frames(request, config)
+    latent_shape = _latent_shape(config, width, height, num_frames)
+    token_grid = _token_grid(config.dit, latent_shape)
+    guidance = resolve_guidance(request, config)
+    experts = tuple(replace(expert, guidance=guidance[expert.name]) for expert in config.experts)
+    solver, shift = resolve_solver(request, config), resolve_shift(request, config)
+    num_steps = resolve_num_inference_steps(request, config)
+    return Plan(
+        model=config.name,
+        task=config.task,
+        mode=mode,
+        precision=precision,
+        device=device,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        image_size=None if request.image_size is None else (int(request.image_size[0]), int(request.image_size[1])),
+        asked_size=resolve_size(request, config),
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=resolve_fps(request, config),
+        seed=resolve_seed(request),
+        solver=solver,
+        shift=shift,
+        latent_shape=latent_shape,
+        token_grid=token_grid,
+        experts=experts,
+        steps=_steps(experts, config.boundary, solver, num_steps, shift),
+        parts=weight_parts(config, precision, vae_parameters=vae_parameters),
+        flops_per_forward=forward_flops(config.dit, math.prod(token_grid)),
+    )
+
+
+def request_of(plan: Plan) -> Request:
+    """Return the request, complete and with its seed, that gives this plan again on the same model."""
+    guidance = {expert.name: expert.guidance for expert in plan.experts}
+    return Request(
+        plan.prompt or None,
+        negative_prompt=plan.negative_prompt,
+        image_size=plan.image_size,
+        width=plan.asked_size[0],
+        height=plan.asked_size[1],
+        num_frames=plan.num_frames,
+        num_inference_steps=len(plan.steps),
+        guidance=guidance.get("single"),
+        guidance_high=guidance.get("high_noise"),
+        guidance_low=guidance.get("low_noise"),
+        shift=plan.shift,
+        solver=plan.solver,
+        seed=plan.seed,
+        fps=plan.fps,
+    )
+
+
+def ti2v_resize(
+    image_width: int, image_height: int, width: int, height: int
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Place a window of (width, height) in the middle of an image scaled just to cover it, for TI2V.
+
+    Returns:
+        The scaled image's (width, height), and the window's (left, upper, right, lower) in it, all in pixels.
+
+    Source: Wan-Video/Wan2.2, wan/textimage2video.py.
+    """
+    scale = max(width / image_width, height / image_height)
+    scaled_width, scaled_height = round(image_width * scale), round(image_height * scale)
+    left, upper = (scaled_width - width) // 2, (scaled_height - height) // 2
+    return (scaled_width, scaled_height), (left, upper, left + width, upper + height)
+
+
+def weight_parts(config: ModelConfig, precision: Precision, *, vae_parameters: int | None = None) -> tuple[Part, ...]:
+    """Count the parameters and bytes of each part, in the order they are first used.
+
+    exact keeps norms, modulation, the timestep's layers and the head in fp32, and the rest of the DiT and the text
+    encoder in 16 bits. The VAE is fp32 in every precision, and is left out where its size is not given.
+    """
+    wide, narrow = 4, 4 if precision == "fp32" else 2
+    text = text_parameters(config.text)
+    in_fp32 = _fp32_dit_parameters(config.dit)
+    in_all = dit_parameters(config.dit)
+    dit_bytes = in_fp32 * wide + (in_all - in_fp32) * narrow
+    parts = [Part("text encoder", text, text * narrow)]
+    parts += [Part(expert.name, in_all, dit_bytes) for expert in config.experts]
+    if vae_parameters is not None:
+        parts.append(Part("VAE", vae_parameters, vae_parameters * wide))
+    return tuple(parts)
+
+
+def dit_parameters(config: DiTConfig) -> int:
+    """Count the parameters of one diffusion transformer."""
+    dim, patch = config.dim, math.prod(config.patch_size)
+    attention = 4 * (dim * dim + dim)
+    feed_forward = 2 * dim * config.ffn_dim + config.ffn_dim + dim
+    patch_embedding = config.in_channels * patch * dim + dim
+    text_embedding = config.text_dim * dim + dim + dim * dim + dim
+    blocks = config.num_layers * (2 * attention + feed_forward)
+    return blocks + patch_embedding + text_embedding + _fp32_dit_parameters(config)
+
+
+def _fp32_dit_parameters(config: DiTConfig) -> int:
+    """Count what the reference computes in fp32: norms and modulation of the blocks, timestep's layers, head."""
+    dim, patch = config.dim, math.prod(config.patch_size)
+    block_norms, block_modulation = 4 * dim + 2 * dim, 6 * dim
+    time = (config.freq_dim * dim + dim) + (dim * dim + dim) + (6 * dim * dim + 6 * dim)
+    head = 2 * dim + (dim + 1) * patch * config.out_channels
+    return config.num_layers * (block_norms + block_modulation) + time + head
+
+
+def text_parameters(config: TextConfig) -> int:
+    """Count the parameters of the text encoder."""
+    attention = 4 * config.dim * config.attention_dim + config.num_buckets * config.num_heads
+    block = attention + 3 * config.dim * config.ffn_dim + 2 * config.dim
+    return config.vocab_size * config.dim + config.num_layers * block + config.dim
+
+
+def forward_flops(config: DiTConfig, num_tokens: int) -> int:
+    """Count the floating-point operations of one DiT evaluation, 2 per multiply-add, matrix products only."""
+    dim, text_len, patch = config.dim, config.text_len, math.prod(config.patch_size)
+    linears = 2 * num_tokens * (6 * dim * dim + 2 * dim * config.ffn_dim)  # q, k, v, o; cross q, o; feed-forward
+    text_linears = 2 * text_len * 2 * dim * dim
+    attention = 4 * num_tokens * (num_tokens + text_len) * dim
+    ends = 2 * num_tokens * patch * (config.in_channels + config.out_channels) * dim
+    text_embedding = 2 * text_len * (config.text_dim * dim + dim * dim)
+    time = 2 * (config.freq_dim * dim + 7 * dim * dim)
+    return config.num_layers * (linears + text_linears + attention) + ends + text_embedding + time
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON-able values; `request` holds the arguments of the `Request` that repeats it."""
+    derived = {
+        "num_tokens": plan.num_tokens,
+        "num_forwards": plan.num_forwards,
+        "steps_per_expert": plan.steps_per_expert,
+        "request": asdict(request_of(plan)),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(plan) | derived))
+    return plain
+
+
+def format_plan(plan: Plan) -> str:
+    """Describe the plan on one page of text."""
+    channels, *latent = plan.latent_shape
+    is_default = plan.negative_prompt == DEFAULT_NEGATIVE_PROMPT
+    task = {"t2v": "text to video", "i2v": "image to video"}[plan.mode]
+    rows = [
+        ("model", f"{plan.model}, {task}"),
+        ("runs on", f"{plan.device}, precision {plan.precision}"),
+        ("prompt", plan.prompt or "(none)"),
+        ("negative prompt", "Wan's own" if is_default else plan.negative_prompt),
+        *_image_rows(plan),
+        ("video", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} per second ({_seconds(plan)})"),
+        ("latents", f"{channels} channels, {_times(latent)}"),
+        ("tokens", f"{_times(plan.token_grid)} = {plan.num_tokens:,}"),
+        ("seed", str(plan.seed)),
+        (
+            "solver",
+            f"{plan.solver}, shift {plan.shift:g}, {len(plan.steps)} steps, {plan.num_forwards} DiT evaluations",
+        ),
+        *(("", line) for line in _step_lines(plan.steps)),
+        ("weights", "computed from the sizes"),
+        *(("", line) for line in _part_lines(plan.parts)),
+        ("work", _work(plan)),
+    ]
+    return "\n".join(f"{label:<17}{text}".rstrip() for label, text in rows)
+
+
+def _steps(
+    experts: tuple[Expert, ...], boundary: float | None, solver: SolverName, num_steps: int, shift: float
+) -> tuple[Step, ...]:
+    schedule = sigmas_and_timesteps(solver, num_steps, shift)
+    steps = []
+    for index, timestep in enumerate(schedule.timesteps):
+        is_high = boundary is None or timestep >= boundary * NUM_TRAIN_TIMESTEPS
+        expert = experts[0] if is_high else experts[1]
+        steps.append(
+            Step(
+                index=index,
+                num_steps=num_steps,
+                sigma=schedule.sigmas[index],
+                sigma_next=schedule.sigmas[index + 1],
+                timestep=timestep,
+                expert=expert.name,
+                guidance=expert.guidance,
+            )
+        )
+    return tuple(steps)
+
+
+def _latent_shape(config: ModelConfig, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
+    stride = config.vae.spatial_stride
+    return config.vae.z_dim, (num_frames - 1) // config.vae.temporal_stride + 1, height // stride, width // stride
+
+
+def _token_grid(config: DiTConfig, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    (_, frames, rows, columns), (patch_frames, patch_rows, patch_columns) = latent_shape, config.patch_size
+    return frames // patch_frames, rows // patch_rows, columns // patch_columns
+
+
+def _image_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.image_size is None:
+        return []
+    return [("image", f"{_times(plan.image_size)}, fitted to the area of {_times(plan.asked_size)}")]
+
+
+def _step_lines(steps: tuple[Step, ...]) -> list[str]:
+    lines = []
+    for expert, group in groupby(steps, key=lambda step: step.expert):
+        run = list(group)
+        first, last = run[0], run[-1]
+        lines.append(
+            f"steps {first.index + 1}-{last.index + 1}  {expert}, guidance {first.guidance:g}, "
+            f"sigma {first.sigma:.3f} -> {last.sigma_next:.3f}, timesteps {first.timestep:g} -> {last.timestep:g}"
+        )
+    return lines
+
+
+def _part_lines(parts: tuple[Part, ...]) -> list[str]:
+    return [f"{part.name:<14}{part.parameters / 1e9:8.3f} B parameters {part.bytes / 1e9:8.2f} GB" for part in parts]
+
+
+def _work(plan: Plan) -> str:
+    each, total = (
+        f"{flops / 1e12:,.4f}" if flops < 1e13 else f"{flops / 1e12:,.0f}"
+        for flops in (plan.flops_per_forward, plan.flops_per_forward * plan.num_forwards)
+    )
+    return f"{each} TFLOP per DiT evaluation, {total} in all; computed"
+
+
+def _seconds(plan: Plan) -> str:
+    return f"{plan.num_frames / plan.fps:.1f} s"
+
+
+def _times(sides: Any) -> str:
+    return " x ".join(map(str, sides))
