@@ -1,0 +1,192 @@
+"""The DiT from latents to velocity: patches, embeddings, blocks, head.
+
+Source: Wan-Video/Wan2.2, wan/modules/model.py, WanModel.forward.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from wanfast.config import DiTConfig
+from wanfast.dit.block import dit_block
+from wanfast.dit.weights import BlockWeights, OuterWeights
+from wanfast.errors import RequestError
+from wanfast.kernels import layer_norm_modulate
+from wanfast.linear import linear
+from wanfast.rope import rope_rotations
+
+MAX_PERIOD = 10_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class TimeEmbedding:
+    """What the timestep tells the network; R is 1, or 2 where the first frame has a timestep of its own, in row 0."""
+
+    embedding: Tensor  # [R, C], fp32; modulates the head
+    projection: Tensor  # [R, 6, C], fp32; modulates the blocks
+
+
+def predict_velocities(
+    latents: Tensor,
+    timestep: float,
+    contexts: Sequence[Tensor],
+    outer: OuterWeights,
+    blocks: Iterable[BlockWeights],
+    config: DiTConfig,
+    *,
+    condition: Tensor | None = None,
+    first_frame_timestep: float | None = None,
+) -> list[Tensor]:
+    """Predict the velocity of the latents under each context, in one pass over the blocks.
+
+    Args:
+        latents: [B, C, F, H, W] fp32, rows and columns divisible by the patch.
+        timestep: in [0, 1000].
+        contexts: of [B, n, text_dim] each, n <= text_len; padded with zero rows, which are attended to like the others.
+        outer: the weights around the blocks, on the latents' device.
+        blocks: the blocks' weights in order, each on that device when it is its turn.
+        config: sizes of the DiT.
+        condition: [B, in_channels - C, F, H, W], set behind the latents' channels (image to video).
+        first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
+
+    Returns:
+        Per context the velocity [B, out_channels, F, H, W], fp32. Nothing is written to.
+
+    Raises:
+        RequestError: a shape does not fit the config, or `blocks` yields another number of blocks.
+    """
+    _check_inputs(latents, contexts, condition, config)
+    batch, device = latents.shape[0], latents.device
+    grid = patch_grid(latents, config)
+    time = embed_timesteps(first_frame_timestep, timestep, outer, config)
+    first_tokens = 0 if first_frame_timestep is None else grid[1] * grid[2]
+    rotations = rope_rotations(grid, config.head_dim).to(device)
+    texts = [embed_text(context, outer, config) for context in contexts]
+
+    streams = [embed_latents(latents, condition, outer, config)] * len(texts)
+    num_blocks = 0
+    for block in blocks:
+        num_blocks += 1
+        modulation = (block.modulation + time.projection).expand(batch, -1, -1, -1)
+        streams = [
+            dit_block(
+                streams.pop(0),  # so that nothing holds a stream while the block makes its successor
+                block,
+                modulation,
+                text,
+                rotations,
+                num_heads=config.num_heads,
+                eps=config.eps,
+                first_tokens=first_tokens,
+            )
+            for text in texts
+        ]
+    if num_blocks != config.num_layers:
+        raise RequestError(f"blocks: must be all {config.num_layers} blocks of the model, got {num_blocks}")
+    return [_head(hidden, time.embedding, grid, first_tokens, outer, config) for hidden in streams]
+
+
+def patch_grid(latents: Tensor, config: DiTConfig) -> tuple[int, int, int]:
+    """Count the patches of [B, C, F, H, W] along frames, rows and columns."""
+    frames, rows, columns = (size // patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True))
+    return frames, rows, columns
+
+
+def sinusoid(timesteps: Sequence[float], freq_dim: int) -> Tensor:
+    """Spread timesteps over waves of falling frequency.
+
+    Args:
+        timesteps: R of them, in [0, 1000].
+        freq_dim: width of the result, even.
+
+    Returns:
+        [R, freq_dim] fp32 on the CPU, computed in float64: cosines, then sines, of t * 10000 ** (-i / (freq_dim / 2)).
+    """
+    half = freq_dim // 2
+    frequencies = MAX_PERIOD ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.tensor(timesteps, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def embed_timesteps(
+    first_frame_timestep: float | None, timestep: float, outer: OuterWeights, config: DiTConfig
+) -> TimeEmbedding:
+    """Embed the timestep, in fp32 whatever the blocks compute in.
+
+    Args:
+        first_frame_timestep: of the first latent frame, which then takes row 0; None where it has none of its own.
+        timestep: of all other tokens, the last row.
+        outer: the weights around the blocks.
+        config: sizes of the DiT.
+
+    Returns:
+        Both forms of the embedding, with one row or two.
+    """
+    timesteps = [timestep] if first_frame_timestep is None else [first_frame_timestep, timestep]
+    waves = sinusoid(timesteps, config.freq_dim).to(outer.time_in.weight.device)
+    embedding = linear(F.silu(linear(waves, outer.time_in)), outer.time_out)
+    projection = linear(F.silu(embedding), outer.time_projection)
+    return TimeEmbedding(embedding, projection.view(-1, 6, config.dim))
+
+
+def embed_text(context: Tensor, outer: OuterWeights, config: DiTConfig) -> Tensor:
+    """Pad a context [B, n, text_dim] with zero rows to text_len and project it: [B, text_len, C], weights' dtype."""
+    padded = F.pad(context, (0, 0, 0, config.text_len - context.shape[1]))
+    return linear(F.gelu(linear(padded, outer.text_in), approximate="tanh"), outer.text_out)
+
+
+def embed_latents(latents: Tensor, condition: Tensor | None, outer: OuterWeights, config: DiTConfig) -> Tensor:
+    """Cut latents and condition [B, c, F, H, W] into patches, the column running fastest: [B, T, C], weights' dtype."""
+    x = latents if condition is None else torch.cat([latents, condition.to(latents.dtype)], dim=1)
+    pf, ph, pw = config.patch_size
+    patches = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
+    return linear(patches, outer.patch_embedding)
+
+
+def _head(
+    hidden: Tensor,
+    embedding: Tensor,
+    grid: tuple[int, int, int],
+    first_tokens: int,
+    outer: OuterWeights,
+    config: DiTConfig,
+) -> Tensor:
+    """Turn the residual stream [B, T, C] into a velocity [B, out_channels, F, H, W], all in fp32."""
+    shift, scale = (outer.head_modulation + embedding[:, None]).expand(hidden.shape[0], -1, -1, -1).unbind(2)
+    normed = layer_norm_modulate(hidden, scale, shift, eps=config.eps, first_tokens=first_tokens)
+    patches = linear(normed, outer.head)
+    f, h, _ = grid
+    pf, ph, pw = config.patch_size
+    return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, pf=pf, ph=ph, pw=pw)
+
+
+def _check_inputs(latents: Tensor, contexts: Sequence[Tensor], condition: Tensor | None, config: DiTConfig) -> None:
+    shape = tuple(latents.shape)
+    if latents.dim() != 5 or min(shape) < 1 or latents.dtype != torch.float32:
+        raise RequestError(f"latents: must be fp32 [B, C, F, H, W], none of them 0, got {latents.dtype} {shape}")
+    if any(size % patch for size, patch in zip(shape[2:], config.patch_size, strict=True)):
+        raise RequestError(
+            f"latents: frames, rows and columns must be multiples of {config.patch_size}, got {shape[2:]}"
+        )
+    channels = shape[1]
+    if condition is not None:
+        if condition.dim() != 5 or (condition.shape[0], *condition.shape[2:]) != (shape[0], *shape[2:]):
+            raise RequestError(f"condition: must be [B, C, F, H, W] like latents {shape}, got {tuple(condition.shape)}")
+        channels += condition.shape[1]
+    if channels != config.in_channels:
+        raise RequestError(
+            f"latents: with the condition must have the model's {config.in_channels} channels, got {channels}; "
+            "image-to-video models take a condition, the others none"
+        )
+    if not contexts:
+        raise RequestError("contexts: must hold at least one, got none")
+    for context in contexts:
+        size = tuple(context.shape)
+        if len(size) != 3 or size[0] != shape[0] or size[2] != config.text_dim or size[1] > config.text_len:
+            raise RequestError(
+                f"contexts: each must be [{shape[0]}, at most {config.text_len}, {config.text_dim}], got {size}"
+            )
