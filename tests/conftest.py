@@ -17,7 +17,7 @@ if not HAS_GPU:
 
     interpreter.install()
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))  # test tensors are small: more threads only wait for each other
+torch.set_num_threads(1)  # test tensors are small: more threads would only wait for each other
 
 
 @pytest.fixture(scope="session")
