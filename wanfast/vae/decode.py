@@ -1,0 +1,108 @@
+"""Decodes latents into frames, one latent frame at a time: the first gives one frame, each later one four.
+
+Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py and vae2_2.py.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from wanfast.errors import RequestError
+from wanfast.vae.blocks import (
+    History,
+    LevelHistory,
+    causal_conv,
+    empty_history,
+    middle,
+    norm_silu,
+    pointwise_conv,
+    residual_block,
+    upsample,
+)
+from wanfast.vae.patch import add_repeated_up_, unpatchify
+from wanfast.vae.weights import DecoderWeights, VAEWeights
+
+
+def decode(vae: VAEWeights, latents: Tensor) -> Iterator[Tensor]:
+    """Decode a video, chunk by chunk; each chunk is made when it is asked for.
+
+    Args:
+        vae: the weights; their dtype is that of the computation.
+        latents: [B, C, F, H, W], F >= 1, normalised, any float dtype, on the weights' device.
+
+    Returns:
+        An iterator over fp32 chunks in [-1, 1]: [B, 3, 1, s H, s W] first, then F - 1 times [B, 3, 4, s H, s W];
+        s is the VAE's spatial stride.
+
+    Raises:
+        RequestError: latents of another shape or kind; raised at the call, before the first chunk.
+    """
+    _check_latents(vae, latents)
+    return _chunks(vae, latents)
+
+
+def _chunks(vae: VAEWeights, latents: Tensor) -> Iterator[Tensor]:
+    history = None
+    for index in range(latents.shape[2]):
+        frames, history = decode_frame(vae, latents[:, :, index : index + 1], history)
+        yield frames.clamp_(-1.0, 1.0)
+
+
+def decode_frame(vae: VAEWeights, latent_frame: Tensor, history: History | None) -> tuple[Tensor, History]:
+    """Decode one latent frame, not clamped.
+
+    Args:
+        vae: the weights.
+        latent_frame: [B, C, 1, H, W], normalised.
+        history: None for the video's first frame, else as the last call returned it.
+
+    Returns:
+        fp32 [B, 3, 1 or 4, s H, s W], and the history for the next frame.
+
+    Raises:
+        ValueError: the VAE was loaded without its decoder.
+    """
+    config = vae.config
+    if vae.decoder is None:
+        raise ValueError("vae: must hold a decoder, got one loaded without; load_vae(..., decoder=True) works")
+    weights = vae.decoder
+    mean = latent_frame.new_tensor(config.latents_mean, dtype=torch.float32).view(-1, 1, 1, 1)
+    std = latent_frame.new_tensor(config.latents_std, dtype=torch.float32).view(-1, 1, 1, 1)
+    x = latent_frame.float() / (1.0 / std) + mean  # the reference divides by the reciprocal
+    x = x.to(weights.from_latents.bias.dtype, memory_format=torch.channels_last_3d)
+    x = pointwise_conv(x, weights.from_latents)
+    x, history = _run_decoder(x, weights, history or empty_history(weights), repeats=config.version == "2.2")
+    return unpatchify(x, config.patch_size).to(torch.float32, memory_format=torch.contiguous_format), history
+
+
+def _run_decoder(x: Tensor, weights: DecoderWeights, history: History, *, repeats: bool) -> tuple[Tensor, History]:
+    """[B, C, 1, H, W] to patched pixels; `repeats` adds each level's input, repeated, to its output."""
+    x, conv_in = causal_conv(x, weights.conv_in, history.conv_in)
+    x, past_middle = middle(x, weights.middle, history.middle)
+    levels = []
+    for (blocks, up), past in zip(weights.levels, history.levels, strict=True):
+        source = x if repeats and up is not None else None
+        past_blocks = []
+        for block, past_block in zip(blocks, past.blocks, strict=True):
+            x, past_block = residual_block(x, block, past_block)
+            past_blocks.append(past_block)
+        past_resample = None
+        if up is not None:
+            x, past_resample = upsample(x, up, past.resample)
+            if source is not None:
+                add_repeated_up_(x, source, 1 if up.time is None else 2)
+        levels.append(LevelHistory(tuple(past_blocks), past_resample))
+    x, conv_out = causal_conv(norm_silu(x, weights.norm_out, overwrite=True), weights.conv_out, history.conv_out)
+    return x, History(conv_in, past_middle, tuple(levels), conv_out)
+
+
+def _check_latents(vae: VAEWeights, latents: Tensor) -> None:
+    channels = vae.config.z_dim
+    if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+        raise RequestError(
+            f"latents: must be [B, {channels}, F, H, W] with at least one frame, got {list(latents.shape)}; "
+            f"this VAE decodes what a model with {channels} latent channels makes"
+        )
+    if not latents.is_floating_point():
+        raise RequestError(f"latents: must be of a float dtype, got {latents.dtype}; float32 works")
