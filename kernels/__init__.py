@@ -5,6 +5,8 @@ truth in tests. This package needs torch and Triton only, and nothing of wanfast
 """
 
 if __name__ == "wanfast.kernels":
+    from .dequantize_gguf import dequantize_gguf
+    from .dequantize_scaled import dequantize_scaled
     from .layernorm import layer_norm
     from .modulate import layer_norm_modulate
     from .residual import gated_residual
@@ -16,4 +18,4 @@ else:
         raise AttributeError(f"{name}: this package is wanfast.kernels; import it by that name, not as {__name__}")
 
 
-__all__ = ["gated_residual", "layer_norm", "layer_norm_modulate", "rms_norm"]
+__all__ = ["dequantize_gguf", "dequantize_scaled", "gated_residual", "layer_norm", "layer_norm_modulate", "rms_norm"]

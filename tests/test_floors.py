@@ -18,6 +18,7 @@ FLOOR = {
     "version": 0,
     "kernels": 0,
     "_C": 0,
+    "stored": 0,
     "linear": 1,
     "schedule": 2,
     "request": 2,

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from wanfast.config import ExpertName
 from wanfast.errors import MemoryBudgetError, RequestError
 
 Block = TypeVar("Block")
@@ -92,7 +93,7 @@ class Residency(Generic[Block]):
     """
 
     def __init__(
-        self, load: Callable[[str, int], Block], num_blocks: int, device: torch.device, budget: int | None = None
+        self, load: Callable[[ExpertName, int], Block], num_blocks: int, device: torch.device, budget: int | None = None
     ) -> None:
         """Nothing is loaded yet.
 
@@ -106,11 +107,11 @@ class Residency(Generic[Block]):
         self._num_blocks = num_blocks
         self._device = device
         self._budget = budget
-        self._expert: str | None = None
+        self._expert: ExpertName | None = None
         self._kept: list[Block] = []
         self._room = 0
 
-    def blocks(self, expert: str) -> Iterator[Block]:
+    def blocks(self, expert: ExpertName) -> Iterator[Block]:
         """Yield the expert's blocks in order, each on the device while it is used."""
         if expert != self._expert:
             self.release()

@@ -1,13 +1,15 @@
 """Takes tensors out of a reader under a contract: right name, right shape, finite numbers, wanted dtype."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from wanfast.checkpoint.reader import Reader
 from wanfast.errors import CheckpointError
-from wanfast.linear import Linear
+from wanfast.linear import Linear, expand
+from wanfast.stored import ScaledWeight, Weight
 
 _NAMED = 3  # tensors a message lists of each kind
 
@@ -27,9 +29,7 @@ def read_tensor(reader: Reader, name: str, shape: Sequence[int], *, dtype: torch
     Raises:
         CheckpointError: missing, mis-shaped, not of a float dtype, or with values that are not finite (in `dtype`).
     """
-    tensor = reader.load(name)
-    if tuple(tensor.shape) != tuple(shape):
-        raise CheckpointError(f"{reader.where(name)} has shape {list(tensor.shape)}, expected {list(shape)}")
+    tensor = expand(_load(reader, name, shape))
     if not tensor.is_floating_point():
         raise CheckpointError(f"{reader.where(name)} is {_short(tensor.dtype)}, expected floating-point weights")
     _check_finite(reader, name, tensor, dtype or tensor.dtype)
@@ -44,8 +44,21 @@ def read_linear(
     Raises:
         CheckpointError: as `read_tensor`.
     """
-    weight = read_tensor(reader, f"{prefix}.weight", (out_features, in_features), dtype=dtype)
+    stored = _load(reader, f"{prefix}.weight", (out_features, in_features))
+    if isinstance(stored, Tensor):
+        weight: Weight = read_tensor(reader, f"{prefix}.weight", (out_features, in_features), dtype=dtype)
+    else:
+        weight = replace(stored, dtype=dtype)  # stays as small as it is stored
+        if isinstance(weight, ScaledWeight):
+            _check_finite(reader, f"{prefix}.weight", weight.scale, dtype)
     return Linear(weight, read_tensor(reader, f"{prefix}.bias", (out_features,), dtype=dtype) if bias else None)
+
+
+def _load(reader: Reader, name: str, shape: Sequence[int]) -> Weight:
+    weight = reader.load(name)
+    if tuple(weight.shape) != tuple(shape):
+        raise CheckpointError(f"{reader.where(name)} has shape {list(weight.shape)}, expected {list(shape)}")
+    return weight
 
 
 def check_names(reader: Reader, expected: Mapping[str, tuple[int, ...]], *, part: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 
 from wanfast.errors import CheckpointError
+from wanfast.stored import Weight
 
 _GIT_LFS_POINTER = b"version https://git-lfs"
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,14 @@ class TensorRef:
     stored_name: str  # its name in the file
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    load: Callable[[], Weight]
+    stored_as: str | None = None  # what the numbers are where they are not plain `dtype`: "Q4_K", "float8_e4m3fn", ...
+    stored_bytes: int | None = None  # where shape and dtype do not tell them
 
     @property
     def num_bytes(self) -> int:
-        """Bytes the tensor occupies."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes the tensor occupies in its file."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.stored_bytes is None else self.stored_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,6 +87,25 @@ def refuse_pointer(path: Path) -> None:
         raise unreadable(path, error) from None
     if is_pointer:
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
+def map_file(path: Path, num_bytes: int) -> Tensor:
+    """Map the first bytes of a file as uint8, private and copy-on-write; nothing is read yet.
+
+    Raises:
+        CheckpointError: the file has gone or has shrunk.
+    """
+    try:
+        with path.open("rb") as file:
+            if sys.platform == "linux":
+                # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than its memory and swap.
+                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                pages = mmap.mmap(file.fileno(), num_bytes, flags=flags, prot=protection)
+            else:
+                pages = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be mapped any more ({error}); was it replaced?") from None
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -3,7 +3,8 @@
 wanfast speaks the official names. A conversion only renames: no shape changes, nothing is transposed. A name that no
 rule covers stays as it is, and is refused later as unexpected.
 
-Source: huggingface/diffusers, scripts/convert_wan_to_diffusers.py; module trees of Wan-Video/Wan2.2, wan/modules/.
+Source: huggingface/diffusers, scripts/convert_wan_to_diffusers.py; module trees of Wan-Video/Wan2.2, wan/modules/;
+ggml-org/llama.cpp, gguf-py/gguf/constants.py, the tensors of MODEL_ARCH.T5ENCODER.
 """
 
 import re
@@ -69,6 +70,19 @@ _TEXT_BLOCK: _Pairs = (
     ("ffn.fc1.", "layer.1.DenseReluDense.wi_1."),
     ("ffn.fc2.", "layer.1.DenseReluDense.wo."),
 )
+_LLAMA_CPP_OUTER: _Pairs = (
+    ("token_embedding.", "token_embd."),
+    ("norm.", "enc.output_norm."),
+)
+_LLAMA_CPP_BLOCK: _Pairs = (
+    ("norm1.", "attn_norm."),
+    *((f"attn.{letter}.", f"attn_{letter}.") for letter in "qkvo"),
+    ("pos_embedding.embedding.", "attn_rel_b."),
+    ("norm2.", "ffn_norm."),
+    ("ffn.gate.0.", "ffn_gate."),
+    ("ffn.fc1.", "ffn_up."),
+    ("ffn.fc2.", "ffn_down."),
+)
 _TIED_EMBEDDING = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight
 
 
@@ -128,6 +142,25 @@ def text_from_transformers(names: Iterable[str]) -> dict[str, str]:
         names.discard(_TIED_EMBEDDING)
     block, outer = _swap(_TEXT_BLOCK), (*_swap(_TEXT_OUTER), (_TIED_EMBEDDING, "token_embedding.weight"))
     return {name: _with_blocks(name, "encoder.block", "blocks", block, outer) for name in names}
+
+
+def text_to_llama_cpp(name: str) -> str:
+    """Official umT5 encoder tensor name -> name in llama.cpp's GGUF files."""
+    return _with_blocks(name, "blocks", "enc.blk", _LLAMA_CPP_BLOCK, _LLAMA_CPP_OUTER)
+
+
+def text_from_llama_cpp(names: Iterable[str]) -> dict[str, str]:
+    """Names of a umT5 encoder in llama.cpp's GGUF files -> official names, as a map over the given ones."""
+    block, outer = _swap(_LLAMA_CPP_BLOCK), _swap(_LLAMA_CPP_OUTER)
+    return {name: _with_blocks(name, "enc.blk", "blocks", block, outer) for name in names}
+
+
+def gguf_to_official(names: Iterable[str]) -> dict[str, str]:
+    """Names in a GGUF file -> official names, as a map over the given ones: a DiT's need a prefix taken off at most."""
+    names = list(names)
+    if any(name.startswith("enc.blk.") for name in names):
+        return text_from_llama_cpp(names)
+    return {name: name.removeprefix("model.").removeprefix("diffusion_model.") for name in names}
 
 
 def vae_version(names: Iterable[str]) -> VAEVersion:

@@ -1,4 +1,4 @@
-"""Reads tensors of one model part by name, one at a time, from safetensors files, `.pth` files or memory.
+"""Reads tensors of one model part by name, one at a time, from safetensors, `.pth` or GGUF files, or memory.
 
 Opening reads headers only. A loaded tensor is a view of the memory-mapped file: no bytes are copied, the operating
 system fetches the pages that are touched and may drop them again.
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from wanfast.checkpoint.files import TensorRef, read_json, refuse_pointer
+from wanfast.checkpoint.gguf_format import gguf_refs
+from wanfast.checkpoint.names import gguf_to_official
 from wanfast.checkpoint.safetensors_format import safetensors_refs
 from wanfast.errors import CheckpointError
+from wanfast.stored import Weight
 
 
 class Reader:
@@ -54,8 +57,8 @@ class Reader:
         """The file that holds the tensor."""
         return self.ref(name).file
 
-    def load(self, name: str) -> Tensor:
-        """Return one tensor on the CPU in its stored dtype; it may share the file's pages, so do not write to it.
+    def load(self, name: str) -> Weight:
+        """Return one tensor on the CPU as it is stored; it may share the file's pages, so do not write to it.
 
         Raises:
             CheckpointError: there is no such tensor, or its file has gone.
@@ -95,7 +98,7 @@ def memory_reader(tensors: Mapping[str, Tensor], path: str | Path = "memory") ->
 
 
 def open_file(path: str | Path) -> Reader:
-    """Open one `.safetensors`, `.safetensors.index.json`, `.pth` or `.pt` file.
+    """Open one `.safetensors`, `.safetensors.index.json`, `.gguf`, `.pth` or `.pt` file.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, or is of another kind.
@@ -107,7 +110,9 @@ def open_file(path: str | Path) -> Reader:
         return open_safetensors(path)
     if path.suffix in (".pth", ".pt"):
         return open_pickle(path)
-    raise CheckpointError(f"{path}: not a tensor file wanfast knows; it reads .safetensors and .pth")
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    raise CheckpointError(f"{path}: not a tensor file wanfast knows; it reads .safetensors, .gguf and .pth")
 
 
 def open_folder(folder: str | Path) -> Reader:
@@ -173,6 +178,17 @@ def open_safetensors(path: str | Path) -> Reader:
         CheckpointError: the file cannot be read, or breaks the format: named with the tensor at fault.
     """
     return Reader(safetensors_refs(Path(path)), Path(path))
+
+
+def open_gguf(path: str | Path) -> Reader:
+    """Open one GGUF file of a DiT or of a umT5 encoder, by official names; what is quantised stays so.
+
+    Raises:
+        CheckpointError: the file cannot be read, breaks the format, is of another architecture, or holds a tensor of a
+            type that wanfast does not read: named with the tensor at fault.
+    """
+    refs = gguf_refs(Path(path))
+    return Reader(refs, Path(path)).renamed(gguf_to_official(refs))
 
 
 def open_pickle(path: str | Path) -> Reader:

@@ -4,8 +4,6 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import math
-import mmap
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanfast.checkpoint.files import TensorRef, parse_object, refuse_pointer, unreadable
+from wanfast.checkpoint.files import TensorRef, map_file, parse_object, refuse_pointer, unreadable
 from wanfast.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +32,6 @@ DTYPES: dict[str, torch.dtype] = {
 
 # The format's own limit; a longer header is damage, and must not be read into memory.
 _MAX_HEADER_BYTES = 100_000_000
-_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 _DAMAGED = "the file is damaged; download it again"
 
 
@@ -47,7 +44,7 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
     header, data_start, data_bytes = _read_header(path)
     header.pop("__metadata__", None)
 
-    mapping = cache(partial(_map_file, path, data_start + data_bytes))
+    mapping = cache(partial(map_file, path, data_start + data_bytes))
     refs: dict[str, TensorRef] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -57,21 +54,6 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
         refs[name] = TensorRef(path, name, shape, dtype, load)
     _check_spans(path, spans, data_bytes)
     return refs
-
-
-def _map_file(path: Path, num_bytes: int) -> Tensor:
-    """The whole file as uint8, private and copy-on-write."""
-    try:
-        with path.open("rb") as file:
-            if sys.platform == "linux":
-                # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than its memory and swap.
-                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                pages = mmap.mmap(file.fileno(), num_bytes, flags=flags, prot=protection)
-            else:
-                pages = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be mapped any more ({error}); was it replaced?") from None
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

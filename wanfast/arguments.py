@@ -1,0 +1,169 @@
+"""The command line: every flag, its aliases, and one-line errors."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from wanfast.config import MODELS
+
+# Flags of the reference's generate.py without a meaning here: accepted, so that a side-by-side run is a one-word edit.
+_NOT_NEEDED = {
+    "--offload-model": "weights are placed by the memory that is free",
+    "--convert-model-dtype": "--precision decides",
+    "--t5-cpu": "the text encoder is streamed block by block",
+}
+_SOLVERS = {"unipc": "unipc", "dpm++": "dpmpp", "dpmpp": "dpmpp", "euler": "euler"}
+_REQUEST_ARGUMENTS = (
+    "prompt",
+    "negative_prompt",
+    "num_frames",
+    "num_inference_steps",
+    "guidance",
+    "guidance_high",
+    "guidance_low",
+    "shift",
+    "solver",
+    "seed",
+    "fps",
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line that names the thing and what would work (exit code 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2."""
+        print(f"{self.prog}: {message}; {self.prog} --help lists what there is", file=sys.stderr)
+        sys.exit(2)
+
+    def refuse_unknown(self, words: Sequence[str]) -> NoReturn:
+        """Name the first word that means nothing, and the flag it resembles."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(words[0].split("=")[0], flags, n=1)
+        self.error(f"{words[0]}: no such argument" + (f", did you mean {near[0]}?" if near else ""))
+
+
+def build_parser() -> OneLineParser:
+    """Build the parser of `wanfast` with all its commands."""
+    parser = OneLineParser(prog="wanfast", description="Make videos with Wan 2.2.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="make a video from a prompt or a picture", allow_abbrev=False)
+    add_generate_arguments(generate)
+    plan = commands.add_parser("plan", help="show what generate would do; loads nothing", allow_abbrev=False)
+    add_generate_arguments(plan)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint, tensor file or clip is", allow_abbrev=False)
+    inspect.add_argument("path", help="folder, .safetensors, .pth or .mp4")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    rerun = commands.add_parser("rerun", help="repeat a clip from the settings embedded in it", allow_abbrev=False)
+    rerun.add_argument("clip", help="an .mp4 that wanfast wrote")
+    rerun.add_argument(
+        "--model", "--ckpt-dir", metavar="PATH", help="use this model folder instead of the recorded one"
+    )
+    rerun.add_argument("--image", metavar="FILE", help="use this picture instead of the recorded one")
+    _add_output_arguments(rerun)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+    return parser
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments `generate` and `plan` share: ours, and the reference's generate.py flags as aliases."""
+    add = parser.add_argument
+    add("prompt", nargs="?", default=None, help="what to show")
+    add("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
+    add("--model", "--ckpt-dir", metavar="PATH", help="model folder, official or Diffusers layout; default: a tiny one")
+    add("--task", type=_task, metavar="NAME", help=f"check that the model is this one: {', '.join(MODELS)}")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
+    add("--image", metavar="FILE", help="first frame, for image to video")
+    add("--size", metavar="WxH", help="pixels, such as 832x480, or 480p, 720p; an image keeps its aspect on that area")
+    add("--num-frames", "--frame-num", type=int, metavar="N", help="frames, 4n + 1")
+    add("--seed", "--base-seed", type=int, metavar="N", help="same seed, same video; default: a random one, printed")
+    add("--fps", type=int, metavar="N", help="frames per second of the file")
+    _add_sampling_arguments(parser)
+    add("--precision", choices=("auto", "fp32", "exact"), default="auto", help="exact: bf16 where the reference has it")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    add("--vram", metavar="SIZE", help="device memory weights may keep, such as 24GB; default: what is free")
+    _add_output_arguments(parser, save_alias=True)
+    for flag in _NOT_NEEDED:
+        add(flag, nargs="?", const="True", default=None, help=argparse.SUPPRESS)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    steps = ("--steps", "--num-inference-steps", "--sample-steps")
+    add(*steps, dest="num_inference_steps", type=int, metavar="N", help="solver steps")
+    add("--guidance", "--sample-guide-scale", type=float, metavar="G", help="guidance of both experts")
+    add("--guidance-high", type=float, metavar="G", help="guidance of the high-noise expert")
+    add("--guidance-low", type=float, metavar="G", help="guidance of the low-noise expert")
+    add("--shift", "--sample-shift", type=float, metavar="S", help="shift of the noise schedule")
+    add("--solver", "--sample-solver", choices=sorted(_SOLVERS), help="how a step is taken")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser, *, save_alias: bool = False) -> None:
+    names = ["-o", "--output", *(["--save-file"] if save_alias else [])]
+    parser.add_argument(
+        *names, metavar="FILE", dest="output", help="the .mp4 to write; default: named after the prompt"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        A namespace with `command` and, for `generate` and `plan`, one `prompt` and a list `notes` of lines to show.
+
+    Raises:
+        SystemExit: code 2 after a one-line message, or 0 after help.
+    """
+    words = [_with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments, unknown = build_parser().parse_known_args(words)
+    parser: OneLineParser = arguments.parser
+    if unknown:
+        parser.refuse_unknown(unknown)
+    if arguments.command in ("generate", "plan"):
+        _settle_generate(parser, arguments)
+    return arguments
+
+
+def _with_dashes(word: str) -> str:
+    """Spell a flag's name with dashes: the reference and Python people write underscores."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[a-z0-9_-]+", name) else word
+
+
+def _settle_generate(parser: OneLineParser, arguments: argparse.Namespace) -> None:
+    if arguments.prompt is not None and arguments.prompt_flag is not None:
+        parser.error("prompt: given twice, as an argument and as --prompt")
+    if arguments.prompt is None:
+        arguments.prompt = arguments.prompt_flag
+    if arguments.prompt is None and arguments.image is None and arguments.command == "generate":
+        parser.error('prompt: must be given, got none, for example "a red circle moves left"')
+    if arguments.prompt is None and arguments.command == "generate":
+        arguments.prompt = ""
+    arguments.solver = _SOLVERS[arguments.solver] if arguments.solver else None
+    arguments.notes = [
+        f"{flag} is not needed: {reason}"
+        for flag, reason in _NOT_NEEDED.items()
+        if getattr(arguments, flag.removeprefix("--").replace("-", "_")) is not None
+    ]
+
+
+def _task(text: str) -> str:
+    names = {name.lower(): name for name in MODELS}
+    if text.lower() not in names:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(MODELS)}, got {text}")
+    return names[text.lower()]
+
+
+def request_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Pick from a parsed `generate` line what `Pipeline.plan` takes, but for the size and the picture."""
+    return {name: getattr(arguments, name) for name in _REQUEST_ARGUMENTS}

@@ -1,0 +1,292 @@
+"""The GGUF format: a binary header, checked whole before any tensor is believed, and views into the mapped file.
+
+`gguf`'s own reader is not used: it trusts every count in the header, so a damaged one keeps it busy without end, and it
+spends seconds on the vocabulary of a text encoder, which is stepped over here.
+
+Source: ggml-org/ggml, docs/gguf.md; city96/ComfyUI-GGUF, loader.py (prefixes, `comfy.gguf.orig_shape`).
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanfast.checkpoint.files import TensorRef, map_file, refuse_pointer, unreadable
+from wanfast.errors import CheckpointError
+from wanfast.kernels import dequantize_gguf
+from wanfast.kernels.gguf_blocks import FORMATS
+from wanfast.stored import GGUFWeight, Weight
+
+# Every type a tensor can have, by its number in the file; numbers left out have been withdrawn from the format.
+# fmt: off
+_TYPES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
+    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}
+# fmt: on
+_PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_EXPANDS_TO = torch.bfloat16  # until whoever binds a weight says otherwise
+
+# None is stable-diffusion.cpp; "pig" and "cow" are converters that say so instead of naming the model.
+_ARCHITECTURES = (None, "wan", "t5", "t5encoder", "pig", "cow")
+_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+
+_COUNTS_AT = 8  # bytes; before them stand "GGUF" and the version
+_VERSIONS = (2, 3)  # version 1 had 32-bit counts and no published Wan file
+_MAX_HEADER_BYTES = 1 << 25  # umT5's, with its vocabulary of 256,384 words, is a quarter of that
+_MAX_ENTRIES = 1 << 16  # keys, and tensors
+_MAX_AXES = 8
+_MAX_ITEMS = 64  # of an array whose values are wanted
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_DAMAGED = "the file is damaged; download it again"
+
+
+def gguf_refs(path: Path) -> dict[str, TensorRef]:
+    """Read the header of a GGUF file into entries by the names it has in the file.
+
+    A quantised matrix loads as `GGUFWeight`, any other quantised tensor (there is none in published files) is expanded
+    to fp32.
+
+    Raises:
+        CheckpointError: the file cannot be read, breaks the format, is of another architecture, or holds a tensor of a
+            type that wanfast does not read: named with the tensor at fault.
+    """
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            _check_start(path, file.read(_COUNTS_AT), file_bytes)
+            with mmap.mmap(file.fileno(), min(file_bytes, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as pages:
+                keys, entries, header_bytes = _read_header(_Cursor(pages, _COUNTS_AT))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {_DAMAGED}") from None
+    _check_keys(path, keys)
+    alignment = keys.get("general.alignment", 32)
+    data_start = -(-header_bytes // alignment) * alignment
+    mapping = cache(partial(map_file, path, file_bytes))
+    refs: dict[str, TensorRef] = {}
+    spans: list[tuple[int, int, str]] = []
+    for entry in entries:
+        shape = _shape(path, entry, keys.get(_ORIGINAL_SHAPE + entry.name))
+        kind, num_bytes = _check_type(path, entry)
+        begin = data_start + entry.offset
+        if entry.offset % alignment:
+            raise CheckpointError(f"{path}: tensor {entry.name} starts off the file's alignment; {_DAMAGED}")
+        spans.append((begin, begin + num_bytes, entry.name))
+        refs[entry.name] = _ref(path, entry.name, kind, shape, partial(_slice, mapping, begin, begin + num_bytes))
+    _check_spans(path, spans, file_bytes)
+    return refs
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor as the header describes it."""
+
+    name: str
+    sizes: tuple[int, ...]  # innermost axis first
+    type: int
+    offset: int  # from the start of the data
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """A place in the header; reading past its end is a ValueError."""
+
+    pages: mmap.mmap
+    place: int
+
+    def skip(self, num_bytes: int) -> None:
+        """Step over bytes that must be there."""
+        if num_bytes > len(self.pages) - self.place:
+            cut = len(self.pages) < _MAX_HEADER_BYTES
+            raise ValueError("cut short within its header" if cut else f"header exceeds {_MAX_HEADER_BYTES} bytes")
+        self.place += num_bytes
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        """Little-endian numbers, as `struct` writes their types."""
+        begin = self.place
+        self.skip(struct.calcsize(f"<{layout}"))
+        return struct.unpack_from(f"<{layout}", self.pages, begin)
+
+    def skip_text(self) -> None:
+        """Step over a string."""
+        self.skip(self.numbers("Q")[0])
+
+    def text(self) -> str:
+        """A string."""
+        (length,) = self.numbers("Q")
+        begin = self.place
+        self.skip(length)
+        return self.pages[begin : self.place].decode("utf-8")
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Entry], int]:
+    """The keys that are looked at, every tensor, and the header's length."""
+    num_tensors, num_keys = cursor.numbers("QQ")
+    if max(num_tensors, num_keys) > _MAX_ENTRIES:
+        raise ValueError(f"header claims {num_tensors} tensors and {num_keys} keys")
+    keys: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.text()
+        if key in keys:
+            raise ValueError(f"key {key} appears twice")
+        (kind,) = cursor.numbers("I")
+        keys[key] = _read_value(cursor, key, kind)
+    entries: dict[str, _Entry] = {}
+    for _ in range(num_tensors):
+        entry = _read_entry(cursor)
+        if entry.name in entries:
+            raise ValueError(f"tensor {entry.name} appears twice")
+        entries[entry.name] = entry
+    return keys, list(entries.values()), cursor.place
+
+
+def _read_value(cursor: _Cursor, key: str, kind: int) -> Any:
+    """The value of a key; None for one that nobody looks at: long texts and arrays are stepped over."""
+    is_wanted = key.startswith(("general.", "split.", _ORIGINAL_SHAPE))
+    if kind in _SCALARS:
+        return cursor.numbers(_SCALARS[kind])[0]
+    if kind == _STRING:
+        return cursor.text() if is_wanted else cursor.skip_text()
+    if kind != _ARRAY:
+        raise ValueError(f"key {key} has unknown type {kind}")
+    item, count = cursor.numbers("IQ")
+    if item in _SCALARS:
+        if is_wanted and count <= _MAX_ITEMS:
+            return cursor.numbers(f"{count}{_SCALARS[item]}")
+        return cursor.skip(count * struct.calcsize(f"<{_SCALARS[item]}"))
+    if item != _STRING:
+        raise ValueError(f"key {key} is an array of unknown type {item}")
+    for _ in range(count):  # ends with the header at the latest: each string has 8 bytes of length
+        cursor.skip_text()
+    return None
+
+
+def _read_entry(cursor: _Cursor) -> _Entry:
+    name = cursor.text()
+    (num_axes,) = cursor.numbers("I")
+    if num_axes > _MAX_AXES:
+        raise ValueError(f"tensor {name} claims {num_axes} axes")
+    sizes = cursor.numbers(f"{num_axes}Q")
+    kind, offset = cursor.numbers("IQ")
+    return _Entry(name, sizes, kind, offset)
+
+
+def _check_start(path: Path, start: bytes, file_bytes: int) -> None:
+    if not start.startswith(b"GGUF") or file_bytes < _COUNTS_AT + 16:
+        raise CheckpointError(f"{path}: not a GGUF file; download it again")
+    version = int.from_bytes(start[4:], "little")
+    if int.from_bytes(start[4:], "big") in _VERSIONS:
+        raise CheckpointError(f"{path}: is a big-endian GGUF file; wanfast reads little-endian ones")
+    if version not in _VERSIONS:
+        raise CheckpointError(
+            f"{path}: is of GGUF version {version}; wanfast reads {' and '.join(map(str, _VERSIONS))}"
+        )
+
+
+def _check_keys(path: Path, keys: dict[str, Any]) -> None:
+    architecture = keys.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: is a GGUF file of architecture {architecture!r}; wanfast reads wan and t5encoder (umT5)"
+        )
+    if keys.get("split.count", 1) not in (0, 1):
+        raise CheckpointError(
+            f"{path}: is one of {keys['split.count']} parts of a split GGUF file; "
+            "join them with llama-gguf-split --merge"
+        )
+    alignment = keys.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise CheckpointError(f"{path}: general.alignment is {alignment!r}, not a power of two; {_DAMAGED}")
+
+
+def _shape(path: Path, entry: _Entry, original: Any) -> tuple[int, ...]:
+    """Outermost axis first; `original` stands in for a shape that the file could not express."""
+    num_elements = math.prod(entry.sizes)
+    if not 0 < num_elements < 2**63:
+        raise CheckpointError(f"{path}: tensor {entry.name} has no valid shape; {_DAMAGED}")
+    if original is None:
+        return tuple(reversed(entry.sizes))
+    is_shape = isinstance(original, tuple) and all(type(size) is int and size > 0 for size in original)
+    if not is_shape or math.prod(original) != num_elements:
+        raise CheckpointError(f"{path}: tensor {entry.name} has an original shape that does not fit it; {_DAMAGED}")
+    return tuple(original)
+
+
+def _check_type(path: Path, entry: _Entry) -> tuple[str, int]:
+    """The type's name, and the bytes the tensor occupies."""
+    kind = _TYPES.get(entry.type, f"type {entry.type}")
+    num_elements = math.prod(entry.sizes)
+    if kind in _PLAIN:
+        return kind, num_elements * _PLAIN[kind].itemsize
+    if kind not in FORMATS:
+        readable = ", ".join(FORMATS)
+        raise CheckpointError(
+            f"{path}: tensor {entry.name} is stored as {kind}; wanfast reads {readable}: get the file in one of them"
+        )
+    elements, num_bytes = FORMATS[kind].elements, FORMATS[kind].num_bytes
+    if not entry.sizes or entry.sizes[0] % elements:
+        raise CheckpointError(f"{path}: tensor {entry.name} has rows that are not whole blocks of {kind}; {_DAMAGED}")
+    return kind, num_elements // elements * num_bytes
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], file_bytes: int) -> None:
+    position = 0
+    for begin, end, name in sorted(spans):
+        if end > file_bytes:
+            raise CheckpointError(
+                f"{path}: tensor {name} ends at byte {end}, but the file has {file_bytes}: it is cut short; "
+                "download it again"
+            )
+        if begin < position:
+            raise CheckpointError(f"{path}: tensor {name} overlaps the one before it; {_DAMAGED}")
+        position = end
+
+
+def _ref(path: Path, name: str, kind: str, shape: tuple[int, ...], data: Callable[[], Tensor]) -> TensorRef:
+    if kind in _PLAIN:
+        return TensorRef(path, name, shape, _PLAIN[kind], partial(_plain, data, shape, _PLAIN[kind]))
+    num_bytes = math.prod(shape) // FORMATS[kind].elements * FORMATS[kind].num_bytes
+    is_matrix = len(shape) == 2 and shape[1] % FORMATS[kind].elements == 0
+    dtype, load = (_EXPANDS_TO, _matrix) if is_matrix else (torch.float32, _expanded)
+    return TensorRef(path, name, shape, dtype, partial(load, data, shape, kind), stored_as=kind, stored_bytes=num_bytes)
+
+
+def _slice(mapping: Callable[[], Tensor], begin: int, end: int) -> Tensor:
+    """Bytes of the file; copied where a file's own alignment is less than torch needs."""
+    data = mapping()[begin:end]
+    return data.clone() if begin % 8 else data
+
+
+def _plain(data: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return data().view(dtype).view(shape)
+
+
+def _matrix(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
+    return GGUFWeight(data().view(shape[0], -1), kind, shape[1], _EXPANDS_TO)
+
+
+def _expanded(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
+    row = dequantize_gguf(data().view(1, -1), kind, in_features=math.prod(shape), dtype=torch.float32)
+    return row.view(shape)

@@ -1,0 +1,160 @@
+"""8-bit weights in plain tensor files: which tensor scales which, in the dialects that are about.
+
+    name.scale_weight, name.scale_input, a marker scaled_fp8        ComfyUI: fp8, one scale for a weight
+    name.weight_scale, name.input_scale, name.comfy_quant           ComfyUI since late 2025: the same
+    name.weight_scale [out, 1]                                      LightX2V: int8 or fp8, one scale per output channel
+    name.int8_weight, name.scale [out / 128, in / 128]              TurboDiffusion: int8, one scale per square block
+    fp8 weights alone                                               cast without a scale
+
+A scale multiplies. Scales of activations are dropped: activations stay in the dtype the model computes in.
+
+Sources: comfyanonymous/ComfyUI, comfy/ops.py and model_detection.py; ModelTC/LightX2V, tools/convert/quant/quant.py;
+thu-ml/TurboDiffusion, turbodiffusion/ops/core.py and rcm/networks/wan2pt2.py.
+"""
+
+import logging
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from wanfast.checkpoint.files import TensorRef, parse_object
+from wanfast.checkpoint.reader import Reader
+from wanfast.errors import CheckpointError
+from wanfast.kernels.dequantize_scaled import block_counts
+from wanfast.stored import ScaledWeight, Weight
+
+_LOG = logging.getLogger(__name__)
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_MARKER = "scaled_fp8"
+_WEIGHT_SCALES = ("scale_weight", "weight_scale")
+_DROPPED = ("scale_input", "input_scale")
+_QUANT_NOTE = "comfy_quant"  # JSON about one weight
+_QUANT_NOTES_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise")
+_BLOCK_WEIGHT = "int8_weight"
+_LINEAR_ATTENTION = ".attn_op.local_attn.proj_l."  # TurboDiffusion's sparse-linear attention
+_NOT_MULTIPLIED = ("patch_embedding", "token_embedding", "shared", "embed_tokens", "pos_embedding", "attention_bias")
+_EXPANDS_TO = torch.bfloat16  # where nobody asks for another dtype
+_PATCH_SIZE = (1, 2, 2)
+
+
+def open_scaled(reader: Reader) -> Reader:
+    """Put weights and their scales together.
+
+    Args:
+        reader: of one part, by the names in its file; no prefix before them.
+
+    Returns:
+        A reader in which every 8-bit matrix is a `ScaledWeight` named `<layer>.weight`, without the scales and markers
+        beside it; the given reader where there is nothing of the kind.
+
+    Raises:
+        CheckpointError: a scale is missing where one is needed, does not fit its weight, or is of an unknown kind.
+    """
+    names = reader.names()
+    if any(_LINEAR_ATTENTION in name for name in names):
+        _LOG.warning("%s was trained with sparse-linear attention; it runs with full attention here", reader.path)
+    if not any(reader.dtype(name) in (torch.int8, *_FP8) or _LINEAR_ATTENTION in name for name in names):
+        return reader
+    refs = {name: reader.ref(name) for name in names if not _is_dropped(reader, name)}
+    is_scaled = _MARKER in names or any(name.rpartition(".")[2] in _WEIGHT_SCALES for name in names)
+    for name in sorted(refs):
+        layer, _, kind = name.rpartition(".")
+        if kind == _BLOCK_WEIGHT:
+            scale = _take(refs, reader, f"{layer}.scale", refs[name])
+            refs[f"{layer}.weight"] = _scaled_ref(refs.pop(name), scale)
+        elif kind == "weight" and refs[name].dtype in (torch.int8, *_FP8):
+            refs[name] = _weight_ref(refs, reader, name, is_scaled=is_scaled)
+    return Reader(_official_patches(refs), reader.path)
+
+
+def _is_dropped(reader: Reader, name: str) -> bool:
+    """Whether a tensor says nothing about the weights; one about a quantisation nobody here knows is refused."""
+    kind = name.rpartition(".")[2]
+    if kind == _QUANT_NOTE:
+        _check_quant_note(reader, name)
+    return name == _MARKER or kind in (*_DROPPED, _QUANT_NOTE) or _LINEAR_ATTENTION in name
+
+
+def _check_quant_note(reader: Reader, name: str) -> None:
+    note = reader.load(name)
+    told: object = None
+    if isinstance(note, Tensor) and note.dtype == torch.uint8 and note.numel() < 4096:
+        try:
+            told = parse_object(bytes(note.flatten().tolist())).get("format")
+        except (ValueError, RecursionError):
+            told = None
+    if told not in _QUANT_NOTES_READ:
+        raise CheckpointError(
+            f"{reader.where(name)} says the weight is quantised as {told!r}; wanfast reads "
+            f"{', '.join(_QUANT_NOTES_READ)}; use another file of this model"
+        )
+
+
+def _weight_ref(refs: dict[str, TensorRef], reader: Reader, name: str, *, is_scaled: bool) -> TensorRef:
+    """The entry of an 8-bit `<layer>.weight`, with its scale if it has one."""
+    ref, layer = refs[name], name.removesuffix(".weight")
+    found = [f"{layer}.{kind}" for kind in _WEIGHT_SCALES if f"{layer}.{kind}" in refs]
+    if len(found) > 1:
+        raise CheckpointError(f"{reader.where(name)} has two scales, {' and '.join(found)}; use the original file")
+    if not found and (is_scaled or ref.dtype == torch.int8):
+        raise CheckpointError(f"{reader.where(name)} has no scale beside it ({layer}.scale_weight or .weight_scale)")
+    if found:
+        return _scaled_ref(ref, _take(refs, reader, found[0], ref))
+    is_matrix = len(ref.shape) == 2 and not any(part in layer for part in _NOT_MULTIPLIED)
+    return _scaled_ref(ref, None) if is_matrix else ref
+
+
+def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorRef) -> TensorRef:
+    """Take a scale out of the entries, its shape brought to the form of `ScaledWeight`."""
+    if name not in refs:
+        raise CheckpointError(f"{weight.file}: tensor {weight.stored_name} has no scale {name}; download the file again")
+    scale, rows = refs.pop(name), weight.shape[0] if len(weight.shape) == 2 else 0
+    if not rows or not scale.dtype.is_floating_point:
+        raise CheckpointError(f"{reader.where(name)} is no scale of a matrix; use the original file")
+    forms: dict[tuple[int, ...], tuple[int, ...]] = {(): (), (1,): (), (1, 1): (), (rows,): (rows, 1)}
+    forms |= {(rows, 1): (rows, 1), block_counts(weight.shape): block_counts(weight.shape)}
+    if scale.shape not in forms:
+        raise CheckpointError(
+            f"{reader.where(name)} has shape {list(scale.shape)}, which scales no weight of shape {list(weight.shape)}: "
+            f"expected [], [{rows}, 1] or {list(block_counts(weight.shape))}"
+        )
+    return replace(scale, shape=forms[scale.shape])
+
+
+def _scaled_ref(weight: TensorRef, scale: TensorRef | None) -> TensorRef:
+    scale_bytes = 0 if scale is None else math.prod(scale.shape) * scale.dtype.itemsize
+    return replace(
+        weight,
+        dtype=_EXPANDS_TO,
+        load=partial(_load_scaled, weight, scale),
+        stored_as=str(weight.dtype).removeprefix("torch."),
+        stored_bytes=weight.num_bytes + scale_bytes,
+    )
+
+
+def _load_scaled(weight: TensorRef, scale: TensorRef | None) -> Weight:
+    values, scales = weight.load(), torch.ones(()) if scale is None else scale.load()
+    assert isinstance(values, Tensor) and isinstance(scales, Tensor)
+    form = () if scale is None else scale.shape
+    return ScaledWeight(values, scales.to(torch.float32).reshape(form).contiguous(), _EXPANDS_TO)
+
+
+def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Give a patch embedding that is stored as a matrix, its columns in the order of a convolution's, its five axes."""
+    ref = refs.get("patch_embedding.weight")
+    patch = math.prod(_PATCH_SIZE)
+    if ref is None or len(ref.shape) != 2 or ref.shape[1] % patch:
+        return refs
+    shape = (ref.shape[0], ref.shape[1] // patch, *_PATCH_SIZE)
+
+    def load() -> Weight:
+        weight = ref.load()
+        assert isinstance(weight, Tensor)
+        return weight.reshape(shape)
+
+    return refs | {"patch_embedding.weight": replace(ref, shape=shape, load=load)}
+

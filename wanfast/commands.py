@@ -1,0 +1,209 @@
+"""What each command does, once its line is parsed."""
+
+import argparse
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from wanfast.arguments import request_arguments
+from wanfast.checkpoint.inspect import describe, format_description
+from wanfast.config import MODELS, ModelConfig
+from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, RequestError
+from wanfast.generation import Inputs, generate_frames
+from wanfast.images import load_image
+from wanfast.loaded import LoadedModel
+from wanfast.model import vae_parameters
+from wanfast.pipeline import open_loaded, plan_for
+from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
+from wanfast.progress import Progress
+from wanfast.request import Request, parse_size
+from wanfast.settings import image_digest, read_recorded, settings_of
+from wanfast.version import __version__
+from wanfast.video import check_writable, probe_video, read_settings, write_video
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a parsed command; what a user can mend is one line on stderr and code 2 for a bad request, 1 for the rest."""
+    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "rerun": _rerun}
+    try:
+        with _warnings_on_stderr():
+            commands[arguments.command](arguments)
+    except (RequestError, CheckpointError, MediaError, MemoryBudgetError) as error:
+        print(f"wanfast {arguments.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    return 0
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Show what the library logs as warnings, each as one line."""
+    logger, handler = logging.getLogger("wanfast"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("wanfast: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    _refuse_existing(arguments)
+    image = load_image(arguments.image) if arguments.image else None
+    model = open_loaded(arguments.model, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
+    plan = plan_for(model, _request(arguments, model.config, image))
+    _note(arguments, *arguments.notes)
+    settings = settings_of(
+        plan,
+        version=__version__,
+        model_path=_absolute(arguments.model),
+        image=image,
+        image_path=_absolute(arguments.image),
+    )
+    _make(arguments, model, plan, Inputs(image=image), settings)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    image = load_image(arguments.image) if arguments.image else None
+    row = _row_by_name(arguments.model or arguments.task)
+    if row is not None:
+        precision: Precision = "fp32" if arguments.precision == "fp32" else "exact"
+        request = _request(arguments, row, image)
+        parameters = vae_parameters(row.vae)
+        plan = make_plan(
+            row, request, precision=precision, device=arguments.device or "cuda", vae_parameters=parameters
+        )
+    else:
+        model = open_loaded(
+            arguments.model, precision=arguments.precision, vram=arguments.vram, device=arguments.device
+        )
+        plan = plan_for(model, _request(arguments, model.config, image))
+    print(json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=2) if arguments.json else format_plan(plan))
+
+
+def _row_by_name(name: str | None) -> ModelConfig | None:
+    """Find a model of the table by its name, unless a folder of that name is there."""
+    if name is None or Path(name).is_dir():
+        return None
+    return next((row for row in MODELS.values() if row.name.lower() == name.lower()), None)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.path)
+    if path.suffix.lower() == ".mp4":
+        clip = probe_video(path)
+        print(json.dumps(clip, ensure_ascii=False, indent=2) if arguments.json else _format_clip(clip))
+        return
+    description = describe(path)
+    print(json.dumps(description, ensure_ascii=False, indent=2) if arguments.json else format_description(description))
+
+
+def _rerun(arguments: argparse.Namespace) -> None:
+    recorded = read_recorded(read_settings(arguments.clip), arguments.clip)
+    arguments.output = arguments.output or str(Path(arguments.clip).with_suffix("")) + "-rerun.mp4"
+    _refuse_existing(arguments)
+    image, image_path = None, arguments.image or recorded.image_path
+    if recorded.image_sha256 is not None:
+        if image_path is None:
+            raise RequestError(
+                "image: must be given, as the clip was made from a picture without a file; add --image FILE"
+            )
+        image = load_image(image_path)
+        if image_digest(image) != recorded.image_sha256:
+            raise RequestError(f"image: must be the picture the clip was made from, got {image_path}, which differs")
+    source = arguments.model or recorded.model_path
+    model = open_loaded(source, precision=recorded.precision, vram=None, device=None)
+    if model.config.name != recorded.model:
+        raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
+    plan = plan_for(model, recorded.request)
+    settings = settings_of(
+        plan,
+        version=__version__,
+        model_path=_absolute(source),
+        image=image,
+        image_path=_absolute(image_path) if image is not None else None,
+    )
+    _make(arguments, model, plan, Inputs(image=image), settings)
+
+
+def _make(
+    arguments: argparse.Namespace, model: LoadedModel, plan: Plan, inputs: Inputs, settings: dict[str, Any]
+) -> None:
+    """Generate, encode and write one video; say where it is."""
+    path = Path(arguments.output or _default_name(plan))
+    check_writable(path)
+    _note(arguments, _headline(plan))
+    started = time.perf_counter()
+    with Progress(is_shown=not arguments.quiet) as progress:
+        chunks = generate_frames(model, plan, inputs, on_progress=progress.update)
+        write_video(path, chunks, fps=plan.fps, settings=settings)
+        seconds = progress.seconds()
+    seconds["total"] = time.perf_counter() - started
+    if arguments.json:
+        rounded = {stage: round(value, 3) for stage, value in seconds.items()}
+        print(
+            json.dumps(
+                {"path": str(path), "seed": plan.seed, "seconds": rounded, "settings": settings}, ensure_ascii=False
+            )
+        )
+    else:
+        print(path)
+
+
+def _request(arguments: argparse.Namespace, config: ModelConfig, image: Image.Image | None) -> Request:
+    """Turn a parsed line into a request."""
+    if arguments.task is not None and MODELS[arguments.task].task != config.task:
+        raise RequestError(
+            f"task: must be that of the model, got {arguments.task} for a {config.name} model; leave --task out"
+        )
+    width, height = parse_size(arguments.size, config) if arguments.size else (None, None)
+    asked = request_arguments(arguments)
+    image_size = None if image is None else image.size
+    return Request(asked.pop("prompt"), width=width, height=height, image_size=image_size, **asked)
+
+
+def _refuse_existing(arguments: argparse.Namespace) -> None:
+    if arguments.output and Path(arguments.output).exists() and not arguments.overwrite:
+        raise RequestError(
+            f"output: must not exist yet, got {arguments.output}; choose another name or add --overwrite"
+        )
+
+
+def _default_name(plan: Plan) -> str:
+    """Name the clip after model, prompt and seed; an existing file keeps its name and the new one gets a number."""
+    words = re.sub(r"[^\w]+", "-", plan.prompt or "video").strip("-")[:50]
+    stem = f"{plan.model}-{words}-{plan.seed}"
+    names = (f"{stem}{number}.mp4" for number in ("", *(f"-{n}" for n in range(2, 10_000))))
+    return next(name for name in names if not Path(name).exists())
+
+
+def _headline(plan: Plan) -> str:
+    experts = " + ".join(f"{count} {name}" for name, count in plan.steps_per_expert.items())
+    return (
+        f"{plan.model}: {plan.width}x{plan.height}, {plan.num_frames} frames, {experts} steps, seed {plan.seed},"
+        f" {plan.precision} on {plan.device}"
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def _note(arguments: argparse.Namespace, *lines: str) -> None:
+    if not arguments.quiet:
+        for line in lines:
+            print(line, file=sys.stderr)
+
+
+def _format_clip(clip: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{key:<12}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
+        for key, value in clip.items()
+    )

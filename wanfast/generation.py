@@ -1,0 +1,243 @@
+"""One video, from plan to frames: the main path of wanfast, top to bottom.
+
+    plan -> context, picture, noise -> denoise, step by step -> decode, chunk by chunk -> frames
+
+What could be decided without a tensor was decided in the plan; where weights are is `LoadedModel`'s business.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wanfast.dit.condition import image_condition, keep_first_frame
+from wanfast.dit.model import predict_velocities
+from wanfast.errors import RequestError
+from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
+from wanfast.loaded import LoadedModel
+from wanfast.plan import Plan, ti2v_resize
+from wanfast.solvers import SOLVERS, History, Step
+from wanfast.text.tokenizer import clean_prompt, tokenize
+from wanfast.text.umt5 import encode_texts
+from wanfast.vae.decode import decode
+from wanfast.vae.encode import encode, encode_chunks
+from wanfast.video import to_uint8
+
+_log = logging.getLogger("wanfast")
+
+Block = TypeVar("Block")
+OnStep = Callable[[Step, Tensor], None]
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a generation starts from besides its plan."""
+
+    image: Image.Image | None = None  # the picture of image to video, RGB, of the size the plan was made with
+    latents: Tensor | None = None  # noise [C, F, H, W], fp32, instead of the one the seed gives
+    context: Tensor | None = (
+        None  # prompt and negative prompt encoded [2, T, text channels], instead of the plan's prompts
+    )
+
+
+@torch.no_grad()
+def generate_frames(
+    model: LoadedModel,
+    plan: Plan,
+    inputs: Inputs,
+    *,
+    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[Tensor]:
+    """Make the video of a plan, chunk by chunk; arguments as in `generate_latents`.
+
+    Yields:
+        uint8 [1, height, width, 3], then [4, height, width, 3] per further latent frame, on the CPU.
+    """
+    latents = generate_latents(model, plan, inputs, on_step=on_step, on_progress=on_progress)
+    if model.device.type == "cuda":
+        model.release_experts()  # the VAE's activations need the room
+    yield from decode_frames(model, plan, latents, on_progress)
+
+
+@torch.no_grad()
+def generate_latents(
+    model: LoadedModel,
+    plan: Plan,
+    inputs: Inputs,
+    *,
+    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """Run a plan up to the latents that are ready to decode.
+
+    Args:
+        model: open weights.
+        plan: settled for this model.
+        inputs: picture, noise and context where they are given.
+        on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
+        on_progress: called with a stage's name, its parts done and its parts in all.
+
+    Returns:
+        [C, F, H, W], fp32, normalised.
+
+    Raises:
+        RequestError: the noise or the context has the wrong shape.
+        CheckpointError: a tensor is not finite or cannot be read; the message names file and tensor.
+    """
+    progress = on_progress or _no_progress
+    noise = draw_noise(plan) if inputs.latents is None else _checked_latents(plan, inputs.latents)
+    if inputs.context is None:
+        contexts = encode_prompts(model, plan, progress)
+    else:
+        contexts = _checked_context(model, inputs.context)
+    picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
+    return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress)[0]
+
+
+def encode_prompts(model: LoadedModel, plan: Plan, progress: OnProgress) -> list[Tensor]:
+    """Encode the prompt and the negative prompt, each [1, T, text channels] with its own T; each block serves both."""
+    prompts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt}
+    ids = [_token_ids(model, name, text) for name, text in prompts.items()]
+    outer, blocks = model.text_encoder()
+    counted = _counted(blocks, "text", model.config.text.num_layers, progress)
+    return [context[None] for context in encode_texts(ids, outer, counted, model.config.text)]
+
+
+def _token_ids(model: LoadedModel, name: str, text: str) -> tuple[int, ...]:
+    limit = model.config.dit.text_len
+    tokens = tokenize(model.model.tokenizer, clean_prompt(text), limit)
+    if tokens.is_truncated:
+        _log.warning("%s: the model reads %d tokens, the last %d are cut off", name, limit, tokens.num_dropped)
+    return tokens.ids
+
+
+def encode_image(model: LoadedModel, plan: Plan, image: Image.Image, progress: OnProgress) -> Tensor:
+    """Encode the picture into what the model is conditioned on.
+
+    Returns:
+        I2V: mask and latents of the picture followed by grey frames [1, 4 + C, F, H, W].
+        TI2V: latents of the picture alone [1, C, 1, H, W].
+    """
+    progress("image", 0, 1)
+    if plan.task == "i2v":
+        first = resize_bicubic(image_to_tensor(image), plan.width, plan.height)[None, :, None].to(model.device)
+        grey = first.new_zeros(1, 3, stride := model.config.vae.temporal_stride, plan.height, plan.width)
+        chunks = chain([first], repeat(grey, (plan.num_frames - 1) // stride))
+        picture = image_condition(encode_chunks(model.vae_encoder(), chunks), temporal_stride=stride)
+    else:
+        resized, box = ti2v_resize(image.width, image.height, plan.width, plan.height)
+        pixels = resize_lanczos_crop(image, resized, box)
+        picture = encode(model.vae_encoder(), pixels[None, :, None].to(model.device))
+    progress("image", 1, 1)
+    return picture
+
+
+def draw_noise(plan: Plan) -> Tensor:
+    """Draw the initial latents [1, C, F, H, W], fp32, on the CPU: one seed, one noise, anywhere (docs/adr/0003)."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return torch.randn(plan.latent_shape, generator=generator)[None]
+
+
+def denoise(
+    model: LoadedModel,
+    plan: Plan,
+    latents: Tensor,
+    contexts: list[Tensor],
+    picture: Tensor | None,
+    on_step: OnStep | None,
+    progress: OnProgress,
+) -> Tensor:
+    """Take the plan's steps from noise to clean latents, both [1, C, F, H, W], fp32."""
+    solver = SOLVERS[plan.solver]
+    history: History | None = None
+    first_frame = picture if plan.task == "ti2v" else None
+    latents = keep_first_frame(latents, first_frame)
+    for step in plan.steps:
+        progress("steps", step.index, len(plan.steps))
+        velocity = guided_velocity(model, plan, step, latents, contexts, picture)
+        latents, history = solver(latents, velocity, step, history)
+        latents = keep_first_frame(latents, first_frame)
+        if on_step is not None:
+            on_step(step, latents[0].clone())
+    progress("steps", len(plan.steps), len(plan.steps))
+    return latents
+
+
+def guided_velocity(
+    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, contexts: list[Tensor], picture: Tensor | None
+) -> Tensor:
+    """Predict the velocity with and without the prompt and combine them; with guidance 1 the second is not needed."""
+    outer, blocks = model.expert(step.expert)
+    velocities = predict_velocities(
+        latents,
+        step.timestep,
+        contexts[: step.num_forwards],
+        outer,
+        blocks,
+        model.config.dit,
+        condition=picture if plan.task == "i2v" else None,
+        first_frame_timestep=0.0 if plan.task == "ti2v" and picture is not None else None,
+    )
+    if step.num_forwards == 1:
+        return velocities[0]
+    with_prompt, without = velocities
+    return without + step.guidance * (with_prompt - without)
+
+
+@torch.no_grad()
+def decode_frames(
+    model: LoadedModel, plan: Plan, latents: Tensor, on_progress: OnProgress | None = None
+) -> Iterator[Tensor]:
+    """Decode latents [C, F, H, W] chunk by chunk; yields as `generate_frames` does."""
+    progress = on_progress or _no_progress
+    progress("decode", 0, plan.num_frames)
+    done = 0
+    for chunk in decode(model.vae_decoder(), latents[None].to(model.device)):
+        frames = to_uint8(chunk)
+        done += len(frames)
+        yield frames
+        progress("decode", done, plan.num_frames)
+
+
+def _counted(blocks: Iterator[Block], stage: str, total: int, progress: OnProgress) -> Iterator[Block]:
+    """Pass blocks on, saying which one is in use."""
+    for index, block in enumerate(blocks):
+        progress(stage, index, total)
+        yield block
+    progress(stage, total, total)
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _checked_latents(plan: Plan, latents: Tensor) -> Tensor:
+    if tuple(latents.shape) != plan.latent_shape or not latents.is_floating_point():
+        raise RequestError(
+            f"latents: must be floats of shape {list(plan.latent_shape)} for this plan,"
+            f" got {latents.dtype} {list(latents.shape)}"
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise RequestError("latents: must be finite, got NaN or infinity; draw them with torch.randn")
+    return latents.detach().float()[None]
+
+
+def _checked_context(model: LoadedModel, context: Tensor) -> list[Tensor]:
+    dit = model.config.dit
+    is_right = context.ndim == 3 and len(context) == 2 and 1 <= context.shape[1] <= dit.text_len
+    if not is_right or context.shape[2] != dit.text_dim or not context.is_floating_point():
+        raise RequestError(
+            f"context: must be floats [2, T <= {dit.text_len}, {dit.text_dim}] (prompt and negative prompt, zeros past"
+            f" the end of each), got {context.dtype} {list(context.shape)}"
+        )
+    if not bool(torch.isfinite(context).all()):
+        raise RequestError("context: must be finite, got NaN or infinity; encode the prompts again")
+    prompt, negative = context.detach().to(model.device)
+    return [prompt[None], negative[None]]

@@ -1,0 +1,195 @@
+"""The door: `load` opens a model, `Pipeline.generate` makes a video with it."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wanfast.config import SolverName
+from wanfast.errors import RequestError
+from wanfast.generation import Inputs, OnProgress, OnStep, generate_frames, generate_latents
+from wanfast.images import ImageSource, load_image
+from wanfast.loaded import LoadedModel
+from wanfast.model import open_model, vae_parameters
+from wanfast.plan import Plan, make_plan
+from wanfast.request import Request
+from wanfast.residency import parse_bytes
+from wanfast.settings import settings_of
+from wanfast.tiny import ensure_tiny
+from wanfast.version import __version__
+from wanfast.video import Video
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    precision: Literal["auto", "fp32", "exact"] = "auto",
+    vram: int | str | None = None,
+    device: str | torch.device | None = None,
+) -> "Pipeline":
+    """Open a model: headers and names are checked, no weight is read yet.
+
+    Args:
+        model: folder in the official or the Diffusers layout; None is the tiny built-in model.
+        precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16; "auto" is "exact" on a
+            GPU, else "fp32".
+        vram: device memory that weights may keep, in bytes or as "24GB"; None is what is free.
+        device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one.
+
+    Raises:
+        RequestError: precision, vram or device is not as above.
+        CheckpointError: the folder or one of its files cannot be used; the message names it.
+    """
+    return Pipeline(open_loaded(model, precision=precision, vram=vram, device=device))
+
+
+def open_loaded(
+    model: str | Path | None, *, precision: str, vram: int | str | None, device: str | torch.device | None
+) -> LoadedModel:
+    """Open a model's files for a device and a precision; arguments and errors as in `load`."""
+    if precision not in ("auto", "fp32", "exact"):
+        raise RequestError(f"precision: must be auto, fp32 or exact, got {precision!r}")
+    place = _device(device)
+    budget = None if vram is None else parse_bytes("vram", vram)
+    is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
+    opened = open_model(ensure_tiny() if model is None else model)
+    return LoadedModel(opened, precision="fp32" if is_fp32 else "exact", device=place, vram=budget)
+
+
+def plan_for(model: LoadedModel, request: Request) -> Plan:
+    """Settle a request for an open model; errors as in `make_plan`."""
+    return make_plan(
+        model.config,
+        request,
+        precision=model.precision,
+        device=str(model.device),
+        vae_parameters=vae_parameters(model.config.vae),
+    )
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    is_there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < len(gpus))
+    if not is_there:
+        raise RequestError(
+            f"device: must be one this machine has, got {str(name)!r}; there is {', '.join(['cpu', *gpus])}"
+        )
+    return device
+
+
+class Pipeline:
+    """A loaded model that makes videos."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        """See `load`."""
+        self.loaded = loaded
+
+    def plan(self, request: Request) -> Plan:
+        """Settle everything about a generation before any weight is touched.
+
+        Raises:
+            RequestError: an argument breaks a rule; the message names it and what would work.
+        """
+        return plan_for(self.loaded, request)
+
+    def release(self) -> None:
+        """Let every weight go from the device; the next generation reads them again."""
+        self.loaded.release()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        negative_prompt: str | None = None,
+        image: ImageSource | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance: float | None = None,
+        guidance_high: float | None = None,
+        guidance_low: float | None = None,
+        shift: float | None = None,
+        solver: SolverName | None = None,
+        seed: int | None = None,
+        fps: int | None = None,
+        latents: Tensor | None = None,
+        context: Tensor | None = None,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+        output: Literal["video", "latents"] = "video",
+    ) -> Video | Tensor:
+        """Make one video. What is None is the model's own value, which for the Wan models is the reference's.
+
+        Args:
+            prompt: what to show; not needed with `context`.
+            negative_prompt: what to avoid; "" and None are Wan's own list.
+            image: first frame (path, PIL image or uint8 [H, W, 3]); I2V needs one, TI2V may have one, T2V has none.
+            width: pixels; with an image, width x height is an area and the aspect is the image's.
+            height: pixels.
+            num_frames: 4n + 1.
+            num_inference_steps: solver steps.
+            guidance: of every expert.
+            guidance_high: of the high-noise expert.
+            guidance_low: of the low-noise expert.
+            shift: of the noise schedule, > 0.
+            solver: "unipc", "dpmpp" or "euler".
+            seed: of the noise; None draws one, which the video's settings then hold.
+            fps: frames per second of the file; changes no frame.
+            latents: initial noise [C, F, H, W], fp32, instead of the one the seed gives.
+            context: prompt and negative prompt encoded [2, T <= 512, text channels], instead of the prompts.
+            on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
+            on_progress: called with a stage's name, its parts done and its parts in all.
+            output: "latents" stops before decoding.
+
+        Returns:
+            A `Video`, or for "latents" the clean latents [C, F, H, W], fp32.
+
+        Raises:
+            RequestError: an argument breaks a rule; nothing has been computed then.
+            MediaError: the image cannot be read.
+            CheckpointError: a tensor is not finite or cannot be read; the message names file and tensor.
+        """
+        if output not in ("video", "latents"):
+            raise RequestError(f"output: must be video or latents, got {output!r}")
+        if context is not None and (prompt is not None or negative_prompt is not None):
+            raise RequestError("context: must not be given beside a prompt, got both; give one of them")
+        picture = None if image is None else load_image(image)
+        request = Request(
+            "" if prompt is None and context is None else prompt,
+            negative_prompt=negative_prompt,
+            image_size=None if picture is None else picture.size,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance=guidance,
+            guidance_high=guidance_high,
+            guidance_low=guidance_low,
+            shift=shift,
+            solver=solver,
+            seed=seed,
+            fps=fps,
+        )
+        plan = self.plan(request)
+        inputs = Inputs(image=picture, latents=latents, context=context)
+        if output == "latents":
+            return generate_latents(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress)
+        chunks = list(generate_frames(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress))
+        frames = torch.cat(chunks)
+        settings = settings_of(
+            plan,
+            version=__version__,
+            model_path=str(self.loaded.model.path),
+            image=picture,
+            image_path=str(image) if isinstance(image, str | Path) else None,
+            is_repeatable=latents is None and context is None,
+        )
+        return Video(frames, plan.fps, settings)
