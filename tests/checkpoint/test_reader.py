@@ -340,9 +340,9 @@ def test_a_git_lfs_pointer_and_a_missing_file_are_told_apart(tmp_path, name):
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"a\.gguf: not a tensor file wanfast knows"):
-        open_file(tmp_path / "a.gguf")
+    (tmp_path / "a.ckpt").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: not a tensor file wanfast knows"):
+        open_file(tmp_path / "a.ckpt")
 
 
 def test_a_file_that_shrinks_after_opening_is_refused_when_loaded(tmp_path):

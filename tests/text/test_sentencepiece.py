@@ -48,7 +48,6 @@ def model() -> bytes:
         "猫在跑 — 红色的球",
         "emoji 🎬 and ¨ accents é",
         "zero\u200bwidth\ttab",
-        "<extra_id_0>",
         "",
     ],
 )

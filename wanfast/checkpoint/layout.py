@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.checkpoint.defaults import SamplingDefaults, read_sampling_defaults
-from wanfast.checkpoint.files import read_json
+from wanfast.checkpoint.files import TensorRef, read_json
 from wanfast.checkpoint.names import dit_from_diffusers, text_from_transformers, vae_from_diffusers, vae_version
 from wanfast.checkpoint.reader import Reader, open_file, open_folder
 from wanfast.checkpoint.variant import check_experts_agree, check_parts_fit, check_sizes, check_task
 from wanfast.config import ExpertName, Task, VAEVersion
 from wanfast.errors import CheckpointError
 
-Layout = Literal["official", "diffusers"]
+Layout = Literal["official", "diffusers", "files"]
 Config = Mapping[str, Any]
 
 _TASKS: tuple[Task, ...] = ("t2v", "i2v", "ti2v")
@@ -34,24 +34,35 @@ _ABOUT: dict[str, str] = {
     "low_noise": "the low-noise expert",
     "single": "the diffusion transformer",
 }
+_HEAD_DIM = 128  # of every published Wan model
 _HOW_TO_GET_ONE = "name a folder as published; `hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR` fetches one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The open parts of one model. Readers speak official names in both layouts."""
+    """The open parts of one model. Readers speak official names in every layout."""
 
-    path: Path
+    path: Path  # the folder, or the file of the first expert
     layout: Layout
     task: Task
     experts: Mapping[ExpertName, Reader]  # in the order they run
     vae: Reader
     vae_version: VAEVersion
     text: Reader
-    tokenizer: Path  # a tokenizer.json
+    tokenizer: Path | TensorRef  # a tokenizer.json or spiece.model, or the bytes of the latter in a tensor file
     boundary: float | None  # sigma; None where the folder does not say
     configs: Mapping[str, Config]  # raw JSON by expert name, "vae", "text", "model_index"; only those that exist
     defaults: SamplingDefaults
+    notes: tuple[str, ...] = ()  # what was decided by names and places, for the user to see
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Parts that stand in for those of a folder."""
+
+    vae: Reader | None = None
+    text: Reader | None = None
+    tokenizer: Path | TensorRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +79,7 @@ class _Search:
     """What was found so far, and what is wrong: all of it is reported at once."""
 
     folder: Path
+    given: Given
     configs: dict[str, Config] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -108,7 +120,7 @@ class _Search:
             raise CheckpointError(f"{self.folder}: {len(self.problems)} problems: " + "; ".join(self.problems))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, given: Given = Given()) -> Checkpoint:
     """Open a checkpoint folder: headers and configs are read, no weights.
 
     Args:
@@ -116,6 +128,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             `models_t5_umt5-xxl-enc-bf16.pth`, `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, `google/umt5-xxl/`), or in the
             Diffusers layout (`model_index.json`, `transformer/`, `transformer_2/`, `vae/`, `text_encoder/`,
             `tokenizer/`).
+        given: parts to use in place of the folder's, which then need not be there.
 
     Raises:
         CheckpointError: there is no such folder, parts are missing or damaged (all are listed), the parts do not belong
@@ -123,7 +136,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path).expanduser()
     _refuse_non_folder(folder)
-    checkpoint = _open_diffusers(folder) if _is_diffusers(folder) else _open_official(folder)
+    search = _Search(folder, given)
+    checkpoint = _open_diffusers(search) if _is_diffusers(folder) else _open_official(search)
     for name, reader in checkpoint.experts.items():
         if checkpoint.layout == "official":
             source = _official_expert_folder(folder, name) / "config.json"
@@ -147,6 +161,8 @@ def dit_settings(checkpoint: Checkpoint, expert: ExpertName) -> DiTSettings:
         CheckpointError: a value is missing or impossible.
     """
     config, reader = checkpoint.configs.get(expert, {}), checkpoint.experts[expert]
+    if checkpoint.layout == "files":
+        return _usual_settings(reader)
     source = reader.path.parent / "config.json"
 
     def number(key: str, kind: type, default: float | None = None) -> Any:
@@ -169,6 +185,17 @@ def dit_settings(checkpoint: Checkpoint, expert: ExpertName) -> DiTSettings:
             f"{reader.where('patch_embedding.weight')} is {dim} wide; use the config that belongs to the weights"
         )
     return DiTSettings(num_heads=num_heads, eps=eps, text_len=512)
+
+
+def _usual_settings(reader: Reader) -> DiTSettings:
+    """What every published Wan model has, for a file that comes without a config."""
+    dim = reader.shape("patch_embedding.weight")[0]
+    if dim % _HEAD_DIM:
+        raise CheckpointError(
+            f"{reader.where('patch_embedding.weight')} is {dim} wide, not a multiple of the {_HEAD_DIM} channels of a Wan "
+            "model's head; a folder with a config.json can say otherwise"
+        )
+    return DiTSettings(num_heads=dim // _HEAD_DIM, eps=1e-6, text_len=512)
 
 
 def _refuse_non_folder(folder: Path) -> None:
@@ -198,8 +225,8 @@ def _official_expert_folder(folder: Path, expert: ExpertName) -> Path:
     return folder if expert == "single" else folder / f"{expert}_model"
 
 
-def _open_official(folder: Path) -> Checkpoint:
-    search = _Search(folder)
+def _open_official(search: _Search) -> Checkpoint:
+    folder, given = search.folder, search.given
     has_two = any((folder / name).is_dir() for name in ("high_noise_model", "low_noise_model"))
     names = _EXPERTS["t2v" if has_two else "ti2v"]
     experts: dict[ExpertName, Reader | None] = {}
@@ -209,9 +236,9 @@ def _open_official(folder: Path) -> Checkpoint:
         if part.is_dir():
             search.config(name, part / "config.json")
     task = _official_task(search, names)
-    text = search.part(_official_text_file(folder), "the text encoder", open_file)
-    vae = search.part(_official_vae_file(folder, has_two), "the VAE", open_file)
-    tokenizer = search.file(folder / "google" / "umt5-xxl" / "tokenizer.json", "the tokenizer")
+    text = given.text or search.part(_official_text_file(folder), "the text encoder", open_file)
+    vae = given.vae or search.part(_official_vae_file(folder, has_two), "the VAE", open_file)
+    tokenizer = given.tokenizer or search.file(folder / "google" / "umt5-xxl" / "tokenizer.json", "the tokenizer")
     return _assemble(search, "official", task, experts, vae, text, tokenizer, None)
 
 
@@ -253,19 +280,23 @@ def _official_vae_file(folder: Path, has_two_experts: bool) -> Path:
     return next((folder / name for name in order if (folder / name).exists()), folder / order[0])
 
 
-def _open_diffusers(folder: Path) -> Checkpoint:
-    search = _Search(folder)
+def _open_diffusers(search: _Search) -> Checkpoint:
+    folder, given = search.folder, search.given
     task, boundary = _described_by(search, search.config("model_index", folder / "model_index.json"))
     experts: dict[ExpertName, Reader | None] = {}
     for name, part in zip(_EXPERTS[task or "ti2v"], ("transformer", "transformer_2"), strict=False):
         experts[name] = search.part(folder / part, _ABOUT[name], _opener(dit_from_diffusers))
         if (folder / part).is_dir():
             search.config(name, folder / part / "config.json")
-    vae = search.part(folder / "vae", "the VAE", _opener(lambda names: vae_from_diffusers(names, vae_version(names))))
-    text = search.part(folder / "text_encoder", "the text encoder", _opener(text_from_transformers))
-    search.config("vae", folder / "vae" / "config.json", required=(folder / "vae").is_dir())
-    search.config("text", folder / "text_encoder" / "config.json", required=False)
-    tokenizer = search.file(folder / "tokenizer" / "tokenizer.json", "the tokenizer")
+    vae, text = given.vae, given.text
+    if vae is None:
+        opener = _opener(lambda names: vae_from_diffusers(names, vae_version(names)))
+        vae = search.part(folder / "vae", "the VAE", opener)
+        search.config("vae", folder / "vae" / "config.json", required=(folder / "vae").is_dir())
+    if text is None:
+        text = search.part(folder / "text_encoder", "the text encoder", _opener(text_from_transformers))
+        search.config("text", folder / "text_encoder" / "config.json", required=False)
+    tokenizer = given.tokenizer or search.file(folder / "tokenizer" / "tokenizer.json", "the tokenizer")
     return _assemble(search, "diffusers", task, experts, vae, text, tokenizer, boundary)
 
 
@@ -301,7 +332,7 @@ def _assemble(
     experts: Mapping[ExpertName, Reader | None],
     vae: Reader | None,
     text: Reader | None,
-    tokenizer: Path,
+    tokenizer: Path | TensorRef,
     boundary: float | None,
 ) -> Checkpoint:
     """Make the checkpoint of what was found, or raise all that is wrong with it."""

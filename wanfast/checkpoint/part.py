@@ -15,7 +15,13 @@ from typing import Literal
 import torch
 
 from wanfast.checkpoint.files import TensorRef
-from wanfast.checkpoint.names import dit_from_diffusers, text_from_transformers, vae_from_diffusers, vae_version
+from wanfast.checkpoint.names import (
+    dit_from_diffusers,
+    text_from_llama_cpp,
+    text_from_transformers,
+    vae_from_diffusers,
+    vae_version,
+)
 from wanfast.checkpoint.reader import Reader, open_file, open_folder
 from wanfast.checkpoint.scaled_format import open_scaled
 from wanfast.errors import CheckpointError
@@ -93,11 +99,12 @@ def open_part(path: str | Path, kind: PartKind) -> Part:
 def _part(reader: Reader) -> Part | None:
     """Tell what a group of tensors is, and give it its official names; None where it is nothing of Wan's."""
     names = reader.names()
-    # No rule touches an official name, so each serves both namings of its part.
+    # No rule touches an official name, so each serves both namings of its part, or all three.
     namings = (
         dit_from_diffusers(names),
         vae_from_diffusers(names, vae_version(names)),
         text_from_transformers(names),
+        text_from_llama_cpp(names),
     )
     for naming in namings:
         kind = _kind(naming.values())

@@ -56,6 +56,18 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
     return refs
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Read the free-form text entries of a safetensors header.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the entries are not text.
+    """
+    entries = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        raise CheckpointError(f"{path}: its __metadata__ is not a map from text to text; {_DAMAGED}")
+    return entries
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Header, byte where the data starts, bytes of data."""
     refuse_pointer(path)

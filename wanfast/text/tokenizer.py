@@ -71,7 +71,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     inside = [path / name for name in (_FILE_NAME, _SENTENCEPIECE_NAME) if (path / name).is_file()]
     file = inside[0] if inside else path
     if not file.is_file():
-        raise CheckpointError(f"{path}: no {_FILE_NAME} here; copy it from google/umt5-xxl of the model")
+        raise CheckpointError(f"{path}: no {_FILE_NAME} here, found nothing; copy it from google/umt5-xxl of the model")
     if file.suffix == ".model":
         return tokenizer_of_sentencepiece(file.read_bytes(), file)
     try:

@@ -15,6 +15,7 @@ from wanfast.checkpoint.reader import Reader
 from wanfast.config import TextConfig
 from wanfast.errors import CheckpointError
 from wanfast.linear import Linear, expand
+from wanfast.stored import GGUFWeight, Weight
 
 _TABLE = "token_embedding.weight"
 
@@ -42,7 +43,7 @@ class TextOuterWeights:
     A prompt uses a few rows of the token table, a fifth of the bytes: it stays memory-mapped, as the file stores it.
     """
 
-    token_table: Tensor  # [vocab, C], stored dtype unless that is no plain tensor; better left on the host
+    token_table: Weight  # [vocab, C], stored dtype unless that is no plain tensor; better left on the host
     norm: Tensor  # [C]; its dtype and device are those the encoder computes in
     file: Path  # that holds the token table
 
@@ -141,8 +142,8 @@ def load_outer(reader: Reader, config: TextConfig, dtype: torch.dtype) -> TextOu
     Raises:
         CheckpointError: a tensor is missing, mis-shaped or not of a float dtype, or the norm is not finite.
     """
-    table, want = expand(reader.load(_TABLE)), (config.vocab_size, config.dim)
-    if table.shape != want or not table.is_floating_point():
+    table, want = reader.load(_TABLE), (config.vocab_size, config.dim)
+    if tuple(table.shape) != want or not table.dtype.is_floating_point:
         found = f"{str(table.dtype).removeprefix('torch.')} {list(table.shape)}"
         raise CheckpointError(f"{reader.where(_TABLE)} is {found}, expected floating-point {list(want)}")
     norm = read_tensor(reader, "norm.weight", (config.dim,), dtype=dtype)

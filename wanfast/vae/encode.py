@@ -21,7 +21,8 @@ from wanfast.vae.blocks import (
     residual_block,
 )
 from wanfast.vae.patch import average_down, patchify
-from wanfast.vae.weights import PIXEL_CHANNELS, EncoderWeights, VAEWeights
+from wanfast.vae.sizes import PIXEL_CHANNELS
+from wanfast.vae.weights import EncoderWeights, VAEWeights
 
 
 def encode(vae: VAEWeights, video: Tensor) -> Tensor:
