@@ -1,0 +1,64 @@
+"""What every comparison needs: alternate rounds of two engines in one process, peak memory in a process for each.
+
+Alternating means that a slow spell of the machine meets both alike. Memory is what one operation adds to a fresh
+process that already holds the weights and the inputs.
+"""
+
+import ctypes
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+Operation = Callable[[], Any]
+
+
+def compare(benchmark: BenchmarkFixture, ours: Operation, theirs: Operation, *, peer: str, rounds: int) -> None:
+    """Time `ours` with the peer's run before each round, and keep the ratios (above 1: ours is faster)."""
+    peer_seconds: list[float] = []
+
+    def time_peer() -> None:
+        start = time.perf_counter()
+        theirs()
+        peer_seconds.append(time.perf_counter() - start)
+
+    ours()
+    theirs()
+    benchmark.pedantic(ours, setup=time_peer, rounds=rounds)
+    stats = benchmark.stats.stats
+    benchmark.extra_info |= {
+        f"{peer}_seconds": round(statistics.median(peer_seconds), 4),
+        f"{peer}_seconds_over_ours": round(statistics.median(peer_seconds) / stats.median, 3),
+        f"{peer}_fastest_over_our_fastest": round(min(peer_seconds) / stats.min, 3),
+    }
+
+
+def compare_memory(benchmark: BenchmarkFixture, script: str, *arguments: str, peer: str) -> None:
+    """Run `script` as a child once for each engine, keep what each adds at its peak, and hold ours to the peer's."""
+    peaks = {engine: _child_peak(script, engine, *arguments) for engine in ("wanfast", peer)}
+    benchmark.extra_info |= {"peak_mb": peaks["wanfast"], f"{peer}_peak_mb": peaks[peer]}
+    assert peaks["wanfast"] <= peaks[peer], peaks
+
+
+def print_added_peak(operation: Operation) -> None:
+    """In the child: run once and print the megabytes it added at its peak."""
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind must not be counted, nor hide anything
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _status_kilobytes("VmRSS")
+    operation()
+    print((_status_kilobytes("VmHWM") - before) / 1e3)
+
+
+def _child_peak(script: str, *arguments: str) -> float:
+    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def _status_kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
