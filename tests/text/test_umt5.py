@@ -122,16 +122,14 @@ BUCKETS = [*((d, d) for d in range(8)), (8, 8), (12, 9), (16, 10), (23, 11), (32
 def test_buckets_are_those_of_the_official_table(length: int) -> None:
     buckets = relative_buckets(length, UMT5_XXL).tolist()
     by_distance = [max(bucket for least, bucket in BUCKETS if distance >= least) for distance in range(length)]
-    want = [[by_distance[abs(k - q)] + (16 if k > q else 0) for k in range(length)] for q in range(length)]
-    assert buckets == want
+    assert buckets == [by_distance[abs(offset)] + (16 if offset > 0 else 0) for offset in range(1 - length, length)]
 
 
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 64), (8, 20), (64, 1000), (4, 16)])
 def test_buckets_are_those_of_transformers(num_buckets: int, max_distance: int) -> None:
     config = dataclasses.replace(SMALL, num_buckets=num_buckets, max_distance=max_distance, num_layers=1)
     attention = umt5_encoder(config).encoder.block[0].layer[0].SelfAttention
-    position = torch.arange(TEXT_LEN)
-    want = attention._relative_position_bucket(position[None, :] - position[:, None])
+    want = attention._relative_position_bucket(torch.arange(1 - TEXT_LEN, TEXT_LEN))
     assert torch.equal(relative_buckets(TEXT_LEN, config), want)
 
 

@@ -1,4 +1,4 @@
-"""Builds a vocabulary from a SentencePiece model: the `spiece.model` beside umT5, or the same bytes inside a tensor file.
+"""Builds a vocabulary from a SentencePiece model: the `spiece.model` beside umT5, or the same bytes in a tensor file.
 
 Only a unigram model is read, which T5's are. Special tokens spelled out in a text become their ids, as they do with the
 model's `tokenizer.json`.
@@ -80,9 +80,7 @@ def read_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     return vocabulary
 
 
-def _check_kind(
-    pieces: list[_Piece], trainer: dict[int, int | bytes], normalizer: dict[int, int | bytes]
-) -> None:
+def _check_kind(pieces: list[_Piece], trainer: dict[int, int | bytes], normalizer: dict[int, int | bytes]) -> None:
     if not pieces or not normalizer:
         raise ValueError("it holds no pieces or no normaliser")
     if trainer.get(_MODEL_TYPE, _UNIGRAM) != _UNIGRAM:

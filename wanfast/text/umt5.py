@@ -23,10 +23,10 @@ _MAX_LOGITS = 2**19  # at once; those of all heads would be the largest tensor o
 
 
 def relative_buckets(length: int, config: TextConfig) -> Tensor:
-    """Number the bucket of every pair of positions: exact near the diagonal, coarser the further apart, by direction.
+    """Number the bucket of every offset between two tokens: by direction, exact when near, coarser the further apart.
 
     Returns:
-        [T, T] int64 in [0, num_buckets), rows are queries, columns keys.
+        [2 T - 1] int64 in [0, num_buckets), for key minus query = -(T - 1) ... T - 1.
 
     Source: Wan-Video/Wan2.2, wan/modules/t5.py, T5RelativeEmbedding; Raffel et al. 2020, arXiv:1910.10683, section 2.1.
     """
@@ -37,8 +37,7 @@ def relative_buckets(length: int, config: TextConfig) -> Tensor:
     octave = torch.log(distance.clamp(min=exact).float() / exact) / math.log(config.max_distance / exact)
     far = (exact + (octave * (per_direction - exact)).long()).clamp(max=per_direction - 1)
     by_distance = torch.where(distance < exact, distance, far)
-    offset = distance[None, :] - distance[:, None]
-    return by_distance[offset.abs()] + per_direction * (offset > 0)
+    return torch.cat([by_distance.flip(0), by_distance[1:] + per_direction])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,23 +67,24 @@ def attention(x: Tensor, block: TextBlockWeights, buckets: Tensor, num_heads: in
     Args:
         x: [T, C], normalised.
         block: weights on x's device.
-        buckets: [T, T] of `relative_buckets`, on x's device.
+        buckets: [2 T - 1] of `relative_buckets`, on x's device.
         num_heads: divides attention_dim.
 
     Returns:
         [T, C].
     """
     q, k, v = (linear(x, layer).view(len(x), num_heads, -1).transpose(0, 1) for layer in (block.q, block.k, block.v))
-    tables = block.position_table.t().contiguous()  # [N, buckets]
+    # Last query first: then the bias of query row r and key c depends on r + c alone, and its [N, T, T] is a view.
+    q, bias = q.flip(1), block.position_table.t()[:, buckets].unfold(-1, len(x), 1)
     step = max(1, _MAX_LOGITS // len(x) ** 2)
     some = [slice(head, head + step) for head in range(0, num_heads, step)]
-    mixed = torch.cat([_attend(q[heads], k[heads], v[heads], tables[heads], buckets) for heads in some])
-    return linear(mixed.transpose(0, 1).flatten(1), block.o)
+    mixed = torch.cat([_attend(q[heads], k[heads], v[heads], bias[heads]) for heads in some])
+    return linear(mixed.flip(1).transpose(0, 1).flatten(1), block.o)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, position_table: Tensor, buckets: Tensor) -> Tensor:
-    """Attention of some heads: q, k, v [N, T, D], position_table [N, buckets], buckets [T, T]; gives [N, T, D]."""
-    logits = (q @ k.transpose(1, 2)).add_(position_table[:, buckets])
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of some heads: q, k, v [N, T, D], bias [N, T, T]; gives [N, T, D]."""
+    logits = (q @ k.transpose(1, 2)).add_(bias)
     return torch.softmax(logits, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 

@@ -43,7 +43,7 @@ class TextOuterWeights:
     A prompt uses a few rows of the token table, a fifth of the bytes: it stays memory-mapped, as the file stores it.
     """
 
-    token_table: Weight  # [vocab, C], stored dtype unless that is no plain tensor; better left on the host
+    token_table: Weight  # [vocab, C], as stored; better left on the host
     norm: Tensor  # [C]; its dtype and device are those the encoder computes in
     file: Path  # that holds the token table
 
