@@ -4,7 +4,7 @@
     torch, channels last   cat and conv3d in NDHWC memory with the weight laid out once: torch at its best
 
 Every round times all three, one after the other, so that a slow spell of the machine meets all alike. One thread is
-timed in CPU seconds, which other processes disturb little; all threads in seconds. GFLOP/s count every tap of the kernel.
+timed in CPU seconds, which other processes disturb little; all threads in seconds. GFLOP/s count every tap.
 """
 
 import shutil
@@ -41,6 +41,7 @@ class Case:
 
     @property
     def flops(self) -> int:
+        """Of one call: two per product."""
         return 2 * self.channels * self.out_channels * torch.Size(self.size + self.kernel).numel()
 
 

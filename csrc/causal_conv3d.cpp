@@ -21,8 +21,10 @@ using std::int64_t;
 
 // kt x kh x chunks of input channels summed in registers before y is written.
 constexpr int64_t kBlockTaps = 18;
-// Inputs gathered at a time by one thread: 96 KiB, which with a block's weights and outputs stay in its L2 cache.
-constexpr int64_t kPatchFloats = 24 << 10;
+// Inputs of one such block under a unit: 84 KiB, which with their weights stay in a core's L2 cache.
+constexpr int64_t kBlockFloats = 21 << 10;
+// Blocks gathered at a time: a pixel's channels are then read in longer runs.
+constexpr int64_t kGatherBlocks = 3;
 // Multiplications below which a second thread costs more than it saves.
 constexpr double kThreadWork = 2 << 20;
 
@@ -52,8 +54,8 @@ const MicroKernels& find_kernels(const std::string& name) {
 }
 
 // The whole call. Output rows are cut into tiles, and tiles gathered into units: rectangles of one frame that one
-// thread computes from start to end. A few chunks of channels at a time, a unit's inputs are copied once from where
-// they lie into lines as the micro-kernels read them, borders filled in; each panel's weights then meet all its tiles.
+// thread computes from start to end. Some chunks of channels at a time, a unit's inputs are copied from where they lie
+// into lines as the micro-kernels read them, borders filled in; each panel's weights then meet all its tiles.
 class Convolution {
   public:
     Convolution(const float* x, const float* history, const float* packed, const float* bias, float* y,
@@ -65,6 +67,7 @@ class Convolution {
         }
         chunks_ = divide_up(shape.channels, kPanel);
         block_chunks_ = std::min(chunks_, std::max<int64_t>(1, kBlockTaps / (shape.kt * shape.kh)));
+        gather_chunks_ = kGatherBlocks * block_chunks_;
         line_floats_ = (kernels.max_pixels + 2) * kPanel;
         row_tiles_ = divide_up(shape_.width, kernels.max_pixels);
         const int64_t tiles = shape.batch * shape.frames * shape_.height * row_tiles_;
@@ -72,7 +75,7 @@ class Convolution {
         const int64_t terms = shape.kt * shape.kh * shape.kw * shape.channels;
         num_threads_ = double(sums) * double(terms) < kThreadWork ? 1 : std::max(num_threads, 1);
 
-        const int64_t lines = std::max<int64_t>(shape.kh, kPatchFloats / (block_chunks_ * shape.kt * line_floats_));
+        const int64_t lines = std::max<int64_t>(shape.kh, kBlockFloats / (block_chunks_ * shape.kt * line_floats_));
         const int64_t most_tiles = std::max<int64_t>(1, tiles / (int64_t{4} * num_threads_));  // four units a thread
         unit_rows_ = std::min({lines - shape.kh + 1, shape_.height, most_tiles});
         unit_tiles_ =
@@ -83,7 +86,7 @@ class Convolution {
     }
 
     void run() {
-        const int64_t patch_floats = block_chunks_ * chunk_stride_;
+        const int64_t patch_floats = std::min(gather_chunks_, chunks_) * chunk_stride_;
         const Floats scratch = allocate(patch_floats * num_threads_);
 #if defined(_OPENMP) && !defined(__clang__)
         // GCC's runtime is torch's too: its threads, which spin for a while after torch's own work, do this.
@@ -148,10 +151,11 @@ class Convolution {
 
         const int64_t panels = divide_up(shape_.out_channels, kPanel);
         for (int64_t chunk = 0; chunk < chunks_; chunk += block_chunks_) {
+            if (chunk % gather_chunks_ == 0) gather(unit, chunk, std::min(gather_chunks_, chunks_ - chunk), patch);
+            const float* lines = patch + chunk % gather_chunks_ * chunk_stride_;
             const int64_t chunks = std::min(block_chunks_, chunks_ - chunk);
-            gather(unit, chunk, chunks, patch);
             for (int64_t panel = 0; panel < panels; panel += kernels_.max_panels)
-                multiply(unit, chunk, chunks, panel, std::min<int64_t>(kernels_.max_panels, panels - panel), patch);
+                multiply(unit, chunk, chunks, panel, std::min<int64_t>(kernels_.max_panels, panels - panel), lines);
         }
     }
 
@@ -170,7 +174,8 @@ class Convolution {
     void gather_line(const float* frame, int64_t chunk, int64_t chunks, int64_t row, int64_t tile, float* line) const {
         const int64_t begin = column(tile) - shape_.kw / 2, end = column(tile + 1) + shape_.kw / 2;
         const bool outside = row < 0 || row >= shape_.height;
-        const int64_t first = outside ? end : std::max<int64_t>(begin, 0), last = outside ? end : std::min(end, shape_.width);
+        const int64_t first = outside ? end : std::max<int64_t>(begin, 0);
+        const int64_t last = outside ? end : std::min(end, shape_.width);
         for (int64_t k = 0; k < chunks; ++k) {
             std::fill_n(line + k * chunk_stride_, (first - begin) * kPanel, 0.0f);
             std::fill_n(line + k * chunk_stride_ + (last - begin) * kPanel, (end - last) * kPanel, 0.0f);
@@ -183,7 +188,7 @@ class Convolution {
 
     // Adds the products of some chunks of input channels to `width` panels of a unit's outputs.
     void multiply(const Unit& unit, int64_t chunk, int64_t chunks, int64_t panel, int64_t width,
-                  const float* patch) const {
+                  const float* lines) const {
         const int64_t taps = shape_.kt * shape_.kh * shape_.kw;
         const int64_t outputs = std::min(width * kPanel, shape_.out_channels - panel * kPanel);
         Tile tile{};
@@ -201,7 +206,7 @@ class Convolution {
         for (int64_t row = 0; row < unit.rows; ++row)
             for (int64_t i = 0; i < unit.tiles; ++i) {
                 const int64_t begin = column(unit.tile + i), pixels = column(unit.tile + i + 1) - begin;
-                tile.lines = patch + row * row_stride_ + i * line_floats_;
+                tile.lines = lines + row * row_stride_ + i * line_floats_;
                 float* y = output(unit, unit.row + row, begin) + panel * kPanel;
                 if (outputs == width * kPanel) {
                     tile.y = y;
@@ -227,7 +232,7 @@ class Convolution {
     ConvShape shape_;
     const MicroKernels& kernels_;
     int num_threads_;
-    int64_t chunks_, block_chunks_, line_floats_, row_tiles_;
+    int64_t chunks_, block_chunks_, gather_chunks_, line_floats_, row_tiles_;
     int64_t unit_rows_, unit_tiles_;                    // of the largest unit
     int64_t row_stride_, frame_stride_, chunk_stride_;  // floats between lines of a patch
     std::atomic<int64_t> next_unit_{0};
