@@ -1,7 +1,7 @@
 """What every comparison needs: alternate rounds of two engines in one process, peak memory in a process for each.
 
-Alternating means that a slow spell of the machine meets both alike. Memory is what one operation adds to a fresh
-process that already holds the weights and the inputs.
+Alternating means that a slow spell of the machine meets both alike. Memory is what the weights and one operation add
+to a fresh process after its imports.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,30 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 Operation = Callable[[], Any]
 
+# Imported before memory is measured: what an import costs is not a model's memory.
+MODULES = {
+    "wanfast": ["wanfast.pipeline"],
+    "diffusers": ["diffusers.pipelines.wan.pipeline_wan", "diffusers.models.autoencoders.autoencoder_kl_wan"],
+    "transformers": ["transformers.models.umt5.modeling_umt5"],
+}
 
-def compare(benchmark: BenchmarkFixture, ours: Operation, theirs: Operation, *, peer: str, rounds: int) -> None:
+
+def compare(
+    benchmark: BenchmarkFixture,
+    ours: Operation,
+    theirs: Operation,
+    *,
+    peer: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """Time `ours` with the peer's run before each round, and keep the ratios (above 1: ours is faster)."""
     peer_seconds: list[float] = []
 
     def time_peer() -> None:
-        start = time.perf_counter()
+        start = clock()
         theirs()
-        peer_seconds.append(time.perf_counter() - start)
+        peer_seconds.append(clock() - start)
 
     ours()
     theirs()
@@ -39,19 +55,23 @@ def compare(benchmark: BenchmarkFixture, ours: Operation, theirs: Operation, *, 
 
 
 def compare_memory(benchmark: BenchmarkFixture, script: str, *arguments: str, peer: str) -> None:
-    """Run `script` as a child once for each engine, keep what each adds at its peak, and hold ours to the peer's."""
+    """Run `script` as a child once for each engine, keep the peak of each, and hold ours to the peer's."""
     peaks = {engine: _child_peak(script, engine, *arguments) for engine in ("wanfast", peer)}
     benchmark.extra_info |= {"peak_mb": peaks["wanfast"], f"{peer}_peak_mb": peaks[peer]}
     assert peaks["wanfast"] <= peaks[peer], peaks
 
 
-def print_added_peak(operation: Operation) -> None:
-    """In the child: run once and print the megabytes it added at its peak."""
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind must not be counted, nor hide anything
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _status_kilobytes("VmRSS")
+def print_peak(engine: str, load: Callable[[], Operation]) -> None:
+    """In the child: load, run once, and print the megabytes the two added at the run's peak."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    for module in MODULES[engine]:
+        import_module(module)
+    imported = _status_kilobytes("VmRSS")
+    operation = load()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     operation()
-    print((_status_kilobytes("VmHWM") - before) / 1e3)
+    print((_status_kilobytes("VmHWM") - imported) / 1e3)
 
 
 def _child_peak(script: str, *arguments: str) -> float:

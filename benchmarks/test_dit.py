@@ -1,12 +1,9 @@
 """One DiT forward beside diffusers' on the same weights: seconds in this process, peak memory in a child process each.
 
-Every round times both, one after the other, so that a slow spell of the machine meets both alike.
 Run as a script with an engine, a dtype and a folder, it does one forward and prints its peak memory: the child's part.
 """
 
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from safetensors.torch import load_file
+from side_by_side import compare, compare_memory, print_peak
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,46 +93,14 @@ def test_dit_forward(benchmark: BenchmarkFixture, folder: Path, dtype: str) -> N
     truth = ours() if dtype == "fp32" else _wanfast(folder, torch.float32)()
     assert_close(got=ours(), want=theirs() if dtype == "fp32" else truth, op=f"dit_{dtype}")
 
-    peer_seconds: list[float] = []
-
-    def time_peer() -> None:
-        start = time.perf_counter()
-        theirs()
-        peer_seconds.append(time.perf_counter() - start)
-
-    benchmark.pedantic(ours, setup=time_peer, rounds=ROUNDS)
-    peaks = {engine: _peak_megabytes(engine, dtype, folder) for engine in ENGINES}
-    seconds, peer = benchmark.stats.stats.median, sorted(peer_seconds)[len(peer_seconds) // 2]
-    benchmark.extra_info |= {
-        "threads": torch.get_num_threads(),
-        "diffusers_seconds": round(peer, 4),
-        "diffusers_seconds_over_ours": round(peer / seconds, 3),
-        "diffusers_fastest_over_our_fastest": round(min(peer_seconds) / benchmark.stats.stats.min, 3),
-        "forward_peak_mb": peaks["wanfast"],
-        "diffusers_forward_peak_mb": peaks["diffusers"],
-    }
-    assert peaks["wanfast"] <= peaks["diffusers"]
-
-
-def _peak_megabytes(engine: str, dtype: str, folder: Path) -> float:
-    """Most memory one forward adds to a fresh process that holds the weights and inputs."""
-    command = [sys.executable, __file__, engine, dtype, str(folder)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _status_kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    compare(benchmark, ours, theirs, peer="diffusers", rounds=ROUNDS)
+    compare_memory(benchmark, __file__, dtype, str(folder), peer="diffusers")
 
 
 @torch.inference_mode()
 def _child(engine: str, dtype: str, folder: str) -> None:
-    torch.set_num_threads(2)
-    forward = ENGINES[engine](Path(folder), DTYPES[dtype])
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _status_kilobytes("VmRSS")
-    forward()
-    print((_status_kilobytes("VmHWM") - before) / 1e3)
+    print_peak(engine, lambda: ENGINES[engine](Path(folder), DTYPES[dtype]))
 
 
 if __name__ == "__main__":

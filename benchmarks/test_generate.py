@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from side_by_side import compare, compare_memory, print_added_peak
+from side_by_side import compare, compare_memory, print_peak
 
 SIZE, FRAMES, STEPS = 128, 17, 8  # wan-tiny's own size and frames
 PROMPT, NEGATIVE = "a red circle moves left", "blurry"
@@ -90,4 +90,4 @@ def test_tiny_pipeline(benchmark: BenchmarkFixture, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print_added_peak(ENGINES[sys.argv[1]](Path(sys.argv[2])))
+    print_peak(sys.argv[1], lambda: ENGINES[sys.argv[1]](Path(sys.argv[2])))

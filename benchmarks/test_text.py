@@ -1,13 +1,10 @@
 """The umT5 encoder beside transformers' on the same weights: seconds in this process, peak memory in a child each.
 
-Every round times both, one after the other, on one thread and its CPU clock, so that what else runs on the machine
-counts for neither. transformers runs as the reference does, on ids padded to 512 with a mask, and in its default
-attention, its fastest here.
+Times are of one thread's CPU clock, so that what else runs on the machine counts for neither. transformers runs as the
+reference does, on ids padded to 512 with a mask, and in its default attention, its fastest here.
 Run as a script with an engine, a dtype, a number of tokens and a folder, it encodes once and prints its peak memory.
 """
 
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from side_by_side import compare, compare_memory, print_peak
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,26 +96,9 @@ def test_text_encoder(benchmark: Any, stored: tuple[str, Path], num_tokens: int)
     ours, theirs = (build(folder, DTYPES[dtype], num_tokens) for build in ENGINES.values())
     _check(ours(), theirs(), dtype)
 
-    peer_seconds: list[float] = []
-
-    def time_peer() -> None:
-        start = time.thread_time()
-        theirs()
-        peer_seconds.append(time.thread_time() - start)
-
-    benchmark.pedantic(ours, setup=time_peer, rounds=ROUNDS)
-    peaks = {engine: _peak_megabytes(engine, dtype, num_tokens, folder) for engine in ENGINES}
-    seconds, peer = benchmark.stats.stats.median, statistics.median(peer_seconds)
-    benchmark.extra_info |= {
-        "threads": torch.get_num_threads(),
-        "clock": "thread CPU seconds",
-        "transformers_seconds": round(peer, 4),
-        "transformers_seconds_over_ours": round(peer / seconds, 3),
-        "transformers_fastest_over_our_fastest": round(min(peer_seconds) / benchmark.stats.stats.min, 3),
-        "encode_peak_mb": peaks["wanfast"],
-        "transformers_encode_peak_mb": peaks["transformers"],
-    }
-    assert peaks["wanfast"] <= peaks["transformers"]
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "clock": "thread CPU seconds"}
+    compare(benchmark, ours, theirs, peer="transformers", rounds=ROUNDS, clock=time.thread_time)
+    compare_memory(benchmark, __file__, dtype, str(num_tokens), str(folder), peer="transformers")
 
 
 def _check(got: Tensor, want: Tensor, dtype: str) -> None:
@@ -130,28 +111,11 @@ def _check(got: Tensor, want: Tensor, dtype: str) -> None:
         assert error < 0.03
 
 
-def _peak_megabytes(engine: str, dtype: str, num_tokens: int, folder: Path) -> float:
-    """Most memory that loading and one encoding add to a fresh process after its imports."""
-    command = [sys.executable, __file__, engine, dtype, str(num_tokens), str(folder)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _memory_kilobytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
-
-
 @torch.inference_mode()
-def _main(engine: str, dtype: str, num_tokens: str, folder: str) -> None:
-    if engine == "transformers":
-        from transformers import UMT5EncoderModel  # noqa: F401  (what an import costs is not an encoder's memory)
-    else:
-        import wanfast.text.umt5  # noqa: F401
+def _child(engine: str, dtype: str, num_tokens: str, folder: str) -> None:
     torch.set_num_threads(1)  # so that two runs agree: each thread of a matrix product keeps buffers of its own
-    imported = _memory_kilobytes("VmRSS")
-    ENGINES[engine](Path(folder), DTYPES[dtype], int(num_tokens))()
-    print(round((_memory_kilobytes("VmHWM") - imported) / 1024, 1))
+    print_peak(engine, lambda: ENGINES[engine](Path(folder), DTYPES[dtype], int(num_tokens)))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _child(*sys.argv[1:])
