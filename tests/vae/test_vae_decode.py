@@ -102,6 +102,14 @@ def test_a_prefix_of_the_latents_gives_a_prefix_of_the_video(version: str) -> No
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_frame_by_frame_equals_the_rest_at_once(version: str) -> None:
+    vae, latents = _golden_vae(version), golden_input("lat", (1, 4, 4, 4, 6))
+    first, history = decode_frame(vae, latents[:, :, :1], None)
+    rest, _ = decode_frame(vae, latents[:, :, 1:], history)
+    assert_close(got=_decode_unclamped(vae, latents), want=torch.cat((first, rest), dim=2), op="vae_fp32")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_history_is_not_written_to(version: str) -> None:
     vae, latents = _golden_vae(version), golden_input("lat", (1, 4, 3, 2, 3))
     _, history = decode_frame(vae, latents[:, :, :1], None)

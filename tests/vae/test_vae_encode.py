@@ -93,6 +93,14 @@ def test_chunks_of_any_origin_equal_the_whole_video(version: str) -> None:
     assert torch.equal(torch.cat(frames, dim=2), whole)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_chunk_by_chunk_equals_the_rest_at_once(version: str) -> None:
+    vae, video = _golden_vae(version), _video(13)
+    first, history = encode_chunk(vae, video[:, :, :1], None)
+    rest, _ = encode_chunk(vae, video[:, :, 1:], history)
+    assert_close(got=encode(vae, video), want=torch.cat((first, rest), dim=2), op="vae_fp32")
+
+
 def test_later_frames_do_not_reach_earlier_latents() -> None:
     vae, video = _golden_vae("2.1"), _video(9)
     changed = video.clone()

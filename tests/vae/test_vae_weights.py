@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from wanfast.checkpoint.reader import memory_reader
 from wanfast.config import VAE_2_1, VAE_2_2, VAEConfig
 from wanfast.errors import CheckpointError
 from wanfast.vae.decode import decode
+from wanfast.vae.encode import encode
 from wanfast.vae.weights import expected_tensors, load_vae, vae_config
 
 VERSIONS = ("2.1", "2.2")
@@ -50,7 +52,7 @@ def test_the_full_sizes_are_read_from_names_and_shapes(config: VAEConfig) -> Non
     "sizes",
     [
         {},
-        {"multipliers": (1, 2), "temporal_downsample": (True,), "num_res_blocks": 1},
+        {"multipliers": (1, 1), "temporal_downsample": (True,), "num_res_blocks": 1},
         {"multipliers": (1, 2, 2), "temporal_downsample": (False, True), "encoder_dim": 4, "z_dim": 6},
     ],
 )
@@ -66,6 +68,46 @@ def test_unknown_latent_statistics_are_refused() -> None:
         vae_config(reader)
     with pytest.raises(CheckpointError, match=r"small\.pth: .*need 4 values each.*got 3 and 4"):
         vae_config(reader, (0.0,) * 3, (1.0,) * 4)
+
+
+def test_channels_that_no_shortcut_can_make_are_refused() -> None:
+    config = small_config("2.2", multipliers=(1, 2, 4), temporal_downsample=(False, True))
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in expected_tensors(config).items()}
+    with pytest.raises(CheckpointError, match="level 2 of the VAE's encoder goes from 2 to 4 times 8 channels"):
+        vae_config(memory_reader(tensors), config.latents_mean, config.latents_std)
+
+
+def test_half_a_vae_does_its_half_alone() -> None:
+    config = small_config("2.1")
+    reader = memory_reader(golden_tensors(expected_tensors(config)))
+    latents = encode(load_vae(reader, config, decoder=False), torch.zeros(1, 3, 1, 16, 16))
+    (frame,) = decode(load_vae(reader, config, encoder=False), latents)
+    assert frame.shape == (1, 3, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"vae: must hold a decoder.*decoder=True"):
+        next(decode(load_vae(reader, config, decoder=False), latents))
+    with pytest.raises(ValueError, match=r"vae: must hold an encoder.*encoder=True"):
+        encode(load_vae(reader, config, encoder=False), frame)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_keeps_the_stored_tensors_alive(dtype: torch.dtype) -> None:
+    config = small_config("2.1")
+    tensors = {name: tensor.to(dtype) for name, tensor in golden_tensors(expected_tensors(config)).items()}
+    stored = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    held = [*_storages(load_vae(memory_reader(tensors), config, dtype))]
+    assert len(held) > 194 - 10
+    assert stored.isdisjoint(held)
+
+
+def _storages(weights: object) -> Iterator[int]:
+    if isinstance(weights, torch.Tensor):
+        yield weights.untyped_storage().data_ptr()
+    elif isinstance(weights, tuple):
+        for item in weights:
+            yield from _storages(item)
+    elif dataclasses.is_dataclass(weights):
+        for field in dataclasses.fields(weights):
+            yield from _storages(getattr(weights, field.name))
 
 
 def test_a_file_of_something_else_is_refused_by_name() -> None:

@@ -54,7 +54,7 @@ def decode_frame(vae: VAEWeights, latent_frame: Tensor, history: History | None)
 
     Args:
         vae: the weights.
-        latent_frame: [B, C, 1, H, W], normalised.
+        latent_frame: [B, C, 1, H, W], normalised. After the first, several at once give the same at a higher peak.
         history: None for the video's first frame, else as the last call returned it.
 
     Returns:

@@ -49,7 +49,7 @@ def vae_config(
             f"{reader.path}: latents_mean and latents_std need {z_dim} values each, one per latent channel, "
             f"got {len(latents_mean)} and {len(latents_std)}"
         )
-    return VAEConfig(
+    config = VAEConfig(
         version=version,
         z_dim=z_dim,
         encoder_dim=encoder_dim,
@@ -61,6 +61,9 @@ def vae_config(
         latents_mean=tuple(latents_mean),
         latents_std=tuple(latents_std),
     )
+    if version == "2.2":
+        _check_shortcuts(reader, config)
+    return config
 
 
 def expected_tensors(config: VAEConfig) -> Shapes:
@@ -80,9 +83,21 @@ def decoder_prefixes(config: VAEConfig) -> list[LevelPrefixes]:
 
 def _axis(reader: Reader, name: str, axis: int) -> int:
     shape = reader.shape(name)
-    if axis >= len(shape):
-        raise CheckpointError(f"{reader.where(name)} has shape {list(shape)}, expected at least {axis + 1} axes")
+    if axis >= len(shape) or shape[axis] == 0:
+        raise CheckpointError(f"{reader.where(name)} has shape {list(shape)}, expected a size on axis {axis}")
     return shape[axis]
+
+
+def _check_shortcuts(reader: Reader, config: VAEConfig) -> None:
+    """2.2's shortcuts have no parameters: channels can only grow as frames shrink, and not in the last level."""
+    factors = [*(2 if temporal else 1 for temporal in config.temporal_downsample), 1]
+    for level, (before, after) in enumerate(itertools.pairwise((1, *config.multipliers))):
+        if after not in (before, before * factors[level]):
+            raise CheckpointError(
+                f"{reader.path}: level {level} of the VAE's encoder goes from {before} to {after} times "
+                f"{config.encoder_dim} channels, expected {before} or {before * factors[level]} times; "
+                "its shortcut has no weights to do that"
+            )
 
 
 def _stored_levels(reader: Reader) -> tuple[VAEVersion, list[list[str]]]:
@@ -105,7 +120,8 @@ def _stored_levels(reader: Reader) -> tuple[VAEVersion, list[list[str]]]:
         if f"{prefix}.resample.1.weight" in names:
             levels.append([])
     if not all(levels):
-        raise CheckpointError(f"{reader.path}: tensor {root}.0.residual.6.weight is missing")
+        following = sum(len(level) for level in levels)
+        raise CheckpointError(f"{reader.path}: tensor {root}.{following}.residual.6.weight is missing")
     return "2.1", levels
 
 
