@@ -1,7 +1,8 @@
 """GGUF blocks in Triton, one kernel for each family of kinds; see gguf_blocks.py for what a block holds.
 
 Bytes are read as they lie. A run of 16 or 32 packed bytes holds two or four runs of elements, one in each group of
-bits, and each of those is a store of its own: nothing is shuffled between threads.
+bits, and each of those is a store of its own. Blocks of most kinds are no multiple of 16 bytes, so loads are 1 to 8
+bytes wide; it is the stores, of up to seven times as many bytes, that are kept at 16.
 """
 
 from typing import Any

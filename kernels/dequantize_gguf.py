@@ -3,7 +3,7 @@
     out[r, e] = scale * q [- minimum], unpacked as in gguf_blocks.py for each kind of block
 
 Grid       (blocks / N,), one program per N blocks; the rows do not matter, since no block spans two.
-Tile       N blocks of 32 or 256 elements; every packed byte is loaded once, every store is 16 bytes per thread.
+Tile       N blocks of 32 or 256 elements; a packed number is loaded once, every store is 16 bytes per thread.
 Numerics   in fp32, every product exact, rounded once on the store (kinds with a minimum also by its subtraction).
 Traffic    2 to 8.5 bits of each element read, out's dtype written; bandwidth-bound, by the stores.
 Reference  dequantize_gguf_reference, below.

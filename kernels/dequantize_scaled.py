@@ -3,7 +3,7 @@
     y[o, i] = values[o, i] * s[o, i]        s[o, i] = scale, scale[o, 0] or scale[o // 128, i // 128], by scale's shape
 
 Grid       (ceil(O / ROWS), ceil(I / COLUMNS)), one program per tile.
-Tile       ROWS x COLUMNS weights; every thread loads 16 adjacent bytes at a time.
+Tile       4 x 1024 weights, or 32 x 128 where they have a scale per block; a thread loads 16 adjacent bytes at a time.
 Numerics   multiply in fp32, rounded once, on the store; a NaN stays a NaN.
 Traffic    O*I bytes read and O*I elements written; the scales stay in cache. Bandwidth-bound.
 Reference  dequantize_scaled_reference, below.
@@ -21,19 +21,21 @@ from ._launch import on_device_of, runs_triton, tl, triton
 
 BLOCK = 128  # weights on a side of a square block with a scale of its own
 STORED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-ROWS, COLUMNS, NUM_WARPS = 4, 1024, 4
+NUM_WARPS = 4
+WIDE_TILE = {"ROWS": 4, "COLUMNS": 1024, "SIDE": 1}
+BLOCK_TILE = {"ROWS": 32, "COLUMNS": BLOCK, "SIDE": BLOCK}  # a tile lies within one block
 
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs whose instructions convert fp8
 
 
 def dequantize_scaled_reference(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The formula above in plain torch: the truth the kernel is held to, and the path without a GPU."""
-    y = values.float()
-    if not _is_blocked(values, scale):
-        return y.mul_(scale).to(dtype)
-    for strip, scales in zip(y.split(BLOCK), scale, strict=True):
-        strip.mul_(scales.repeat_interleave(BLOCK)[: y.shape[1]])
-    return y.to(dtype)
+    y = torch.empty(values.shape, dtype=dtype, device=values.device)
+    is_blocked = _is_blocked(values, scale)
+    scales = scale if is_blocked else scale.expand(values.shape[0], 1).split(BLOCK)
+    for strip, out, row in zip(values.split(BLOCK), y.split(BLOCK), scales, strict=True):  # its fp32 stays in cache
+        out.copy_(strip.float().mul_(row.repeat_interleave(BLOCK)[: y.shape[1]] if is_blocked else row))
+    return y
 
 
 @triton.jit(do_not_specialize=["OUT"])
@@ -53,11 +55,11 @@ def _dequantize_scaled_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = (rows < OUT)[:, None] & (columns < IN)[None, :]
     at = rows.to(tl.int64)[:, None] * IN + columns[None, :]
-    scale_at = (rows // SIDE * scale_stride_row)[:, None] + (columns // SIDE * scale_stride_column)[None, :]
+    scale_at = rows // SIDE * scale_stride_row + tl.program_id(1) * COLUMNS // SIDE * scale_stride_column
 
     values = tl.load(values_ptr + at, mask=live, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + scale_at, mask=live, other=0.0)
-    tl.store(y_ptr + at, values * scale, mask=live)
+    scale = tl.load(scale_ptr + scale_at, mask=rows < OUT, other=0.0)  # a row's columns in a tile share it
+    tl.store(y_ptr + at, values * scale[:, None], mask=live)
 
 
 def dequantize_scaled_triton(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -65,7 +67,8 @@ def dequantize_scaled_triton(values: Tensor, scale: Tensor, *, dtype: torch.dtyp
     y = torch.empty(values.shape, dtype=dtype, device=values.device)
     rows, columns = values.shape
     is_blocked = _is_blocked(values, scale)
-    grid = (-(-rows // ROWS), -(-columns // COLUMNS))
+    tile = BLOCK_TILE if is_blocked else WIDE_TILE
+    grid = (-(-rows // tile["ROWS"]), -(-columns // tile["COLUMNS"]))
     with on_device_of(values):
         _dequantize_scaled_kernel[grid](
             values,
@@ -75,9 +78,7 @@ def dequantize_scaled_triton(values: Tensor, scale: Tensor, *, dtype: torch.dtyp
             columns,
             scale_stride_row=0 if scale.dim() == 0 else scale.shape[1],
             scale_stride_column=int(is_blocked),
-            SIDE=BLOCK if is_blocked else 1,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
+            **tile,
             num_warps=NUM_WARPS,
         )
     return y

@@ -28,6 +28,12 @@ def _half(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].view(torch.float16).float()
 
 
+def _bit(packed: Tensor, place: int, moved_to: int) -> Tensor:
+    """One bit of each byte, moved to another place; the others are 0."""
+    moved = packed >> (place - moved_to) if place >= moved_to else packed << (moved_to - place)
+    return moved.bitwise_and_(1 << moved_to)
+
+
 def _q8_0(blocks: Tensor) -> Tensor:
     """Scale; 32 int8."""
     return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
@@ -39,10 +45,14 @@ def _nibbles(blocks: Tensor, at: int) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), 1)
 
 
+# The 8 bits of each byte as bit 4 of 8 bytes, held as one int64: looking bits up is faster than shifting them.
+_SPREAD_BITS = (((torch.arange(256)[:, None] >> torch.arange(8)) & 1) << 4).to(torch.uint8).view(torch.int64).flatten()
+
+
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """4 bytes hold one bit of each of 32 elements, lowest first: [N, 32] uint8, as bit 4."""
-    bits = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return ((blocks[:, at : at + 4, None] >> bits) & 1).flatten(1) << 4
+    index = blocks[:, at : at + 4].flatten().int()
+    return _SPREAD_BITS.to(blocks.device).index_select(0, index).view(torch.uint8).view(-1, 32)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
@@ -93,7 +103,7 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
     numbers = _two_bits(blocks[:, 32:96], 2).flatten(1, 2)
     for run in range(8):
-        numbers[:, run] |= ((blocks[:, :32] >> run) & 1) << 2
+        numbers[:, run] |= _bit(blocks[:, :32], run, 2)
     return numbers.float().sub_(4).view(-1, 16, 16).mul_(scales[:, :, None]).flatten(1)
 
 
@@ -119,7 +129,7 @@ def _q4_k(blocks: Tensor, *, low_bits_at: int = 16, fifth_bits_at: int | None = 
     numbers = numbers.flatten(1, 2)
     if fifth_bits_at is not None:
         for run in range(8):
-            numbers[:, run] |= ((blocks[:, fifth_bits_at : fifth_bits_at + 32] >> run) & 1) << 4
+            numbers[:, run] |= _bit(blocks[:, fifth_bits_at : fifth_bits_at + 32], run, 4)
     scaled = numbers.float().mul_((scales * _half(blocks, 0))[:, :, None])
     return scaled.sub_((minimums * _half(blocks, 2))[:, :, None]).flatten(1)
 

@@ -47,7 +47,11 @@ def test_every_tile_is_compiled(measured):
 def test_machine_code_is_as_designed(name, measured):
     case, want = measured["cases"][name], TABLE["cases"][name]
     assert case["spilled_bytes"] == 0
-    assert set(case["loads"]) == set(case["stores"]) == {"128 bit"}
+    assert set(case["stores"]) == {"128 bit"}
+    if name.startswith("dequantize_scaled/"):
+        assert set(case["loads"]) == {"128 bit", "32 bit"}  # the weights, and a scale for each row
+    elif not name.startswith("dequantize_gguf/"):  # most blocks of GGUF are no multiple of 16 bytes, or not even of 4
+        assert set(case["loads"]) == {"128 bit"}
 
     registers, limit = case.pop("registers"), want["registers"]
     assert case == {key: value for key, value in want.items() if key != "registers"}

@@ -1,7 +1,7 @@
 """Weights in the form a file stores them: plain tensors, scaled 8-bit numbers, or GGUF blocks.
 
-A stored weight stays small in host memory and on the device; `expand` makes the plain tensor where it is multiplied. Each form has the
-attributes of a tensor that the rest of the code asks for: `shape`, `dtype` (the one it expands to) and `device`.
+A stored weight stays small in host memory and on the device; `linear` expands it where it is multiplied. Each form has
+the attributes of a tensor that the rest of the code asks for: `shape`, `dtype` (what it expands to) and `device`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ class ScaledWeight:
     """8-bit numbers and what they are multiplied by."""
 
     values: Tensor  # [out, in], int8 or float8_e4m3fn
-    scale: Tensor  # fp32: [] for all, [out, 1] per output channel, or [out / 128, in / 128] (rounded up) per square block
+    scale: (
+        Tensor  # fp32: [] for all, [out, 1] per output channel, or [out / 128, in / 128] (rounded up) per square block
+    )
     dtype: torch.dtype  # it expands to
 
     @property

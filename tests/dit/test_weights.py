@@ -116,7 +116,7 @@ def test_every_tensor_is_checked_by_name(name: str, fault: str) -> None:
 
 def _tensors(weights: Any, path: str = "") -> dict[str, Tensor]:
     if not is_dataclass(weights):
-        return {path.strip("."): weights}
+        return {path.strip("."): weights} if isinstance(weights, Tensor) else {}
     return {
         name: tensor
         for field in fields(weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from wanfast.kernels._launch import runs_triton
 
 ROOT = Path(__file__).parents[2]

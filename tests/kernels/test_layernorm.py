@@ -2,6 +2,7 @@ import pytest
 import torch
 from tolerance import assert_close
 from torch import Tensor
+
 from wanfast.kernels import layer_norm
 from wanfast.kernels.layernorm import layer_norm_reference, layer_norm_triton
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tolerance import assert_close
 from torch import Tensor
+
 from wanfast.kernels import layer_norm_modulate
 from wanfast.kernels.modulate import layer_norm_modulate_reference, layer_norm_modulate_triton
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tolerance import assert_close
 from torch import Tensor
+
 from wanfast.kernels import gated_residual
 from wanfast.kernels.residual import gated_residual_reference, gated_residual_triton
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tolerance import assert_close
 from torch import Tensor
+
 from wanfast.kernels import rms_norm
 from wanfast.kernels.rmsnorm import rms_norm_reference, rms_norm_triton
 

@@ -1,4 +1,5 @@
 import pytest
+
 from wanfast.kernels._tiles import MAX_CHANNELS, row_tile
 
 

@@ -29,7 +29,10 @@ def read_tensor(reader: Reader, name: str, shape: Sequence[int], *, dtype: torch
     Raises:
         CheckpointError: missing, mis-shaped, not of a float dtype, or with values that are not finite (in `dtype`).
     """
-    tensor = expand(_load(reader, name, shape))
+    stored = _load(reader, name, shape)
+    if dtype is not None and not isinstance(stored, Tensor):
+        stored = replace(stored, dtype=dtype)  # rounded once
+    tensor = expand(stored)
     if not tensor.is_floating_point():
         raise CheckpointError(f"{reader.where(name)} is {_short(tensor.dtype)}, expected floating-point weights")
     _check_finite(reader, name, tensor, dtype or tensor.dtype)
