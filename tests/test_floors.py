@@ -37,6 +37,8 @@ FLOOR = {
     "lora_names": 3,
     "lora": 4,
     "adapter": 5,
+    "lora_summary": 5,
+    "presets": 4,
     "settings": 4,
     "model": 4,
     "tiny": 4,

@@ -26,8 +26,8 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> wanfast.Pipeline:
 
 
 def picture(size: int = SIZE) -> Image.Image:
-    ramp = torch.linspace(0, 255, size)
-    pixels = torch.stack([ramp[None].expand(size, size), ramp[:, None].expand(size, size), 255 - ramp.expand(size, size)])
+    ramp = torch.linspace(0, 255, size).expand(size, size)
+    pixels = torch.stack([ramp, ramp.T, 255 - ramp])
     return Image.fromarray(pixels.permute(1, 2, 0).byte().numpy())
 
 

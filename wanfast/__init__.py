@@ -13,6 +13,7 @@ from wanfast.version import __version__
 if TYPE_CHECKING:
     from wanfast.config import MODELS, ModelConfig
     from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, RequestError
+    from wanfast.lora import LoraSpec
     from wanfast.pipeline import Pipeline, load
     from wanfast.plan import Plan
     from wanfast.request import Request
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "MODELS": "config",
     "CheckpointError": "errors",
+    "LoraSpec": "lora",
     "MediaError": "errors",
     "MemoryBudgetError": "errors",
     "ModelConfig": "config",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "MODELS",
     "CheckpointError",
+    "LoraSpec",
     "MediaError",
     "MemoryBudgetError",
     "ModelConfig",

@@ -63,6 +63,7 @@ def build_parser() -> OneLineParser:
         "--model", "--ckpt-dir", metavar="PATH", help="use this model folder instead of the recorded one"
     )
     rerun.add_argument("--image", metavar="FILE", help="use this picture instead of the recorded one")
+    rerun.add_argument("--lora", action="append", default=[], metavar="FILE", help="where a recorded LoRA is by now")
     _add_output_arguments(rerun)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -74,7 +75,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", default=None, help="what to show")
     add("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
-    add("--model", "--ckpt-dir", metavar="PATH", help="model folder, official or Diffusers layout; default: a tiny one")
+    add("--model", "--ckpt-dir", metavar="PATH", help="model folder or file, t2v-a14b, or Hub id; default: a tiny one")
+    add("--high", metavar="FILE", help="the high-noise expert, instead of --model")
+    add("--low", metavar="FILE", help="the low-noise expert; default: the file named like the other")
+    add("--vae", metavar="FILE", help="the VAE; default: the model's own, or one near its files")
+    add("--text-encoder", metavar="FILE", help="the umT5 encoder; default: likewise")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json or spiece.model; default: likewise")
     add("--task", type=_task, metavar="NAME", help=f"check that the model is this one: {', '.join(MODELS)}")
     add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
     add("--image", metavar="FILE", help="first frame, for image to video")
@@ -83,6 +89,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "--base-seed", type=int, metavar="N", help="same seed, same video; default: a random one, printed")
     add("--fps", type=int, metavar="N", help="frames per second of the file")
     _add_sampling_arguments(parser)
+    add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="LoRA file, strength, expert (high, low)")
     add("--precision", choices=("auto", "fp32", "exact"), default="auto", help="exact: bf16 where the reference has it")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     add("--vram", metavar="SIZE", help="device memory weights may keep, such as 24GB; default: what is free")
@@ -99,6 +106,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-high", type=float, metavar="G", help="guidance of the high-noise expert")
     add("--guidance-low", type=float, metavar="G", help="guidance of the low-noise expert")
     add("--shift", "--sample-shift", type=float, metavar="S", help="shift of the noise schedule")
+    add("--preset", metavar="NAME", help="lightning4: 4 steps, euler, shift 5, guidance 1, for step-distilled files")
     add("--solver", "--sample-solver", choices=sorted(_SOLVERS), help="how a step is taken")
 
 

@@ -6,26 +6,30 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from wanfast.arguments import request_arguments
 from wanfast.checkpoint.inspect import describe, format_description
+from wanfast.checkpoint.lookup import Sources
 from wanfast.config import MODELS, ModelConfig
 from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, RequestError
 from wanfast.generation import Inputs, generate_frames
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
+from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
+from wanfast.lora_summary import lora_summary
 from wanfast.model import vae_parameters
-from wanfast.pipeline import open_loaded, plan_for
+from wanfast.pipeline import open_loaded, plan_for, record_loras, warn_of_preset
 from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
+from wanfast.presets import apply_preset
 from wanfast.progress import Progress
 from wanfast.request import Request, parse_size
-from wanfast.settings import image_digest, read_recorded, settings_of
+from wanfast.settings import RecordedLora, image_digest, read_recorded, settings_of
 from wanfast.version import __version__
 from wanfast.video import check_writable, probe_video, read_settings, write_video
 
@@ -57,22 +61,28 @@ def _warnings_on_stderr() -> Iterator[None]:
 def _generate(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments)
     image = load_image(arguments.image) if arguments.image else None
-    model = open_loaded(arguments.model, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
+    specs = [parse_lora(text) for text in arguments.lora]  # before a model is looked for, which may take a download
+    sources = _sources(arguments)
+    model = open_loaded(sources, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
     plan = plan_for(model, _request(arguments, model.config, image))
-    _note(arguments, *arguments.notes)
+    loras = open_loras(specs, model.config)
+    _note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
+    warn_of_preset(model, plan, loras)
     settings = settings_of(
         plan,
         version=__version__,
-        model_path=_absolute(arguments.model),
+        model_path=None if sources == Sources() else model.model.found_at,
+        model_files=model.model.files,
         image=image,
         image_path=_absolute(arguments.image),
+        loras=record_loras(loras),
     )
-    _make(arguments, model, plan, Inputs(image=image), settings)
+    _make(arguments, model, plan, Inputs(image=image, loras=loras), settings)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     image = load_image(arguments.image) if arguments.image else None
-    row = _row_by_name(arguments.model or arguments.task)
+    row = None if _sources(arguments).parts else _row_by_name(arguments.model or arguments.task)
     if row is not None:
         precision: Precision = "fp32" if arguments.precision == "fp32" else "exact"
         request = _request(arguments, row, image)
@@ -80,11 +90,16 @@ def _plan(arguments: argparse.Namespace) -> None:
         plan = make_plan(
             row, request, precision=precision, device=arguments.device or "cuda", vae_parameters=parameters
         )
+        loras = open_loras(arguments.lora, row)
     else:
         model = open_loaded(
-            arguments.model, precision=arguments.precision, vram=arguments.vram, device=arguments.device
+            _sources(arguments), precision=arguments.precision, vram=arguments.vram, device=arguments.device
         )
         plan = plan_for(model, _request(arguments, model.config, image))
+        _note(arguments, *model.model.notes)
+        loras = open_loras(arguments.lora, model.config)
+        warn_of_preset(model, plan, loras)
+    _note(arguments, *map(describe_lora, loras))
     print(json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=2) if arguments.json else format_plan(plan))
 
 
@@ -100,6 +115,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if path.suffix.lower() == ".mp4":
         clip = probe_video(path)
         print(json.dumps(clip, ensure_ascii=False, indent=2) if arguments.json else _format_clip(clip))
+        return
+    if (lora := lora_summary(path)) is not None:
+        print(json.dumps(lora, ensure_ascii=False, indent=2) if arguments.json else _format_clip(lora))
         return
     description = describe(path)
     print(json.dumps(description, ensure_ascii=False, indent=2) if arguments.json else format_description(description))
@@ -118,19 +136,38 @@ def _rerun(arguments: argparse.Namespace) -> None:
         image = load_image(image_path)
         if image_digest(image) != recorded.image_sha256:
             raise RequestError(f"image: must be the picture the clip was made from, got {image_path}, which differs")
-    source = arguments.model or recorded.model_path
-    model = open_loaded(source, precision=recorded.precision, vram=None, device=None)
+    sources = Sources(model=recorded.model_path, **recorded.model_files)
+    if arguments.model is not None:
+        sources = Sources(model=arguments.model)
+    model = open_loaded(sources, precision=recorded.precision, vram=None, device=None)
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     plan = plan_for(model, recorded.request)
+    loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config)
     settings = settings_of(
         plan,
         version=__version__,
-        model_path=_absolute(source),
+        model_path=None if sources == Sources() else model.model.found_at,
+        model_files=model.model.files,
         image=image,
         image_path=_absolute(image_path) if image is not None else None,
+        loras=record_loras(loras),
     )
-    _make(arguments, model, plan, Inputs(image=image), settings)
+    _make(arguments, model, plan, Inputs(image=image, loras=loras), settings)
+
+
+def _specs_again(recorded: Sequence[RecordedLora], given: Sequence[str]) -> list[LoraSpec]:
+    """Find a clip's LoRA files, where they were or among those given, by their contents."""
+    given_by_digest = {file_digest(path): path for path in given if Path(path).is_file()}
+    specs = []
+    for lora in recorded:
+        path = given_by_digest.get(lora.sha256, lora.path)
+        if not Path(path).is_file() or file_digest(path) != lora.sha256:
+            raise RequestError(
+                f"lora: must be the file the clip was made with, {lora.path} is gone or differs; add --lora FILE"
+            )
+        specs.append(LoraSpec(path, lora.strength, cast("Target | None", lora.target), lora.is_rank_stabilised))
+    return specs
 
 
 def _make(
@@ -166,7 +203,13 @@ def _request(arguments: argparse.Namespace, config: ModelConfig, image: Image.Im
     width, height = parse_size(arguments.size, config) if arguments.size else (None, None)
     asked = request_arguments(arguments)
     image_size = None if image is None else image.size
-    return Request(asked.pop("prompt"), width=width, height=height, image_size=image_size, **asked)
+    request = Request(asked.pop("prompt"), width=width, height=height, image_size=image_size, **asked)
+    return apply_preset(request, arguments.preset)
+
+
+def _sources(arguments: argparse.Namespace) -> Sources:
+    """Pick from a parsed line what names the model's files."""
+    return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
 
 
 def _refuse_existing(arguments: argparse.Namespace) -> None:
@@ -204,6 +247,6 @@ def _note(arguments: argparse.Namespace, *lines: str) -> None:
 
 def _format_clip(clip: dict[str, Any]) -> str:
     return "\n".join(
-        f"{key:<12}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
+        f"{key:<14}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
         for key, value in clip.items()
     )

@@ -20,6 +20,7 @@ from wanfast.dit.model import predict_velocities
 from wanfast.errors import RequestError
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
 from wanfast.loaded import LoadedModel
+from wanfast.lora import Lora
 from wanfast.plan import Plan, ti2v_resize
 from wanfast.solvers import SOLVERS, History, Step
 from wanfast.text.tokenizer import clean_prompt, tokenize
@@ -44,6 +45,7 @@ class Inputs:
     context: Tensor | None = (
         None  # prompt and negative prompt encoded [2, T, text channels], instead of the plan's prompts
     )
+    loras: tuple[Lora, ...] = ()  # opened for the model
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def generate_latents(
     Args:
         model: open weights.
         plan: settled for this model.
-        inputs: picture, noise and context where they are given.
+        inputs: picture, noise, context and LoRAs where they are given.
         on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
         on_progress: called with a stage's name, its parts done and its parts in all.
 
@@ -98,7 +100,7 @@ def generate_latents(
     else:
         contexts = _checked_context(model, inputs.context)
     picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
-    return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress)[0]
+    return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress, inputs.loras)[0]
 
 
 def encode_prompts(model: LoadedModel, plan: Plan, progress: OnProgress) -> list[Tensor]:
@@ -153,6 +155,7 @@ def denoise(
     picture: Tensor | None,
     on_step: OnStep | None,
     progress: OnProgress,
+    loras: tuple[Lora, ...] = (),
 ) -> Tensor:
     """Take the plan's steps from noise to clean latents, both [1, C, F, H, W], fp32."""
     solver = SOLVERS[plan.solver]
@@ -161,7 +164,7 @@ def denoise(
     latents = keep_first_frame(latents, first_frame)
     for step in plan.steps:
         progress("steps", step.index, len(plan.steps))
-        velocity = guided_velocity(model, plan, step, latents, contexts, picture)
+        velocity = guided_velocity(model, plan, step, latents, contexts, picture, loras)
         latents, history = solver(latents, velocity, step, history)
         latents = keep_first_frame(latents, first_frame)
         if on_step is not None:
@@ -171,10 +174,16 @@ def denoise(
 
 
 def guided_velocity(
-    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, contexts: list[Tensor], picture: Tensor | None
+    model: LoadedModel,
+    plan: Plan,
+    step: Step,
+    latents: Tensor,
+    contexts: list[Tensor],
+    picture: Tensor | None,
+    loras: tuple[Lora, ...] = (),
 ) -> Tensor:
     """Predict the velocity with and without the prompt and combine them; with guidance 1 the second is not needed."""
-    outer, blocks = model.expert(step.expert)
+    outer, blocks = model.expert(step.expert, loras)
     velocities = predict_velocities(
         latents,
         step.timestep,

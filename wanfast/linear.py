@@ -1,6 +1,6 @@
 """A linear layer: its weights as data, and the one function that applies it.
 
-Every projection of the DiT and of the text encoder goes through `linear`: storage formats and low-rank terms enter here.
+Every projection of the DiT and the text encoder goes through `linear`: storage formats and low-rank terms enter here.
 """
 
 from dataclasses import dataclass

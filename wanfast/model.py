@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from wanfast.checkpoint.bind import check_names
-from wanfast.checkpoint.layout import Checkpoint, dit_settings, open_checkpoint
+from wanfast.checkpoint.files import TensorRef
+from wanfast.checkpoint.layout import Checkpoint, dit_settings
+from wanfast.checkpoint.lookup import Sources, find_checkpoint
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import MODELS, Expert, ExpertName, ModelConfig, VAEConfig
 from wanfast.dit import weights as dit_weights
 from wanfast.errors import CheckpointError
 from wanfast.text import weights as text_weights
-from wanfast.text.tokenizer import Tokenizer, load_tokenizer
+from wanfast.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_sentencepiece
 from wanfast.vae import weights as vae_weights
 
 
@@ -27,18 +31,23 @@ class Model:
     vae: Reader
     text: Reader
     tokenizer: Tokenizer
+    found_at: str | None  # what `Sources.model` led to, an absolute path; None where only files were named
+    files: Mapping[str, str]  # the parts that were named one by one: absolute paths by names of `Sources`
+    notes: tuple[str, ...] = ()  # what was decided by names and places of files
 
 
-def open_model(path: str | Path) -> Model:
-    """Open a checkpoint folder and hold every tensor's name and shape to what the model needs.
+def open_model(sources: str | Path | Sources) -> Model:
+    """Open a model's files and hold every tensor's name and shape to what the model needs.
 
     Args:
-        path: folder in the official or the Diffusers layout.
+        sources: what to open, or its `model` alone.
 
     Raises:
+        RequestError: the sources contradict each other.
         CheckpointError: a part, tensor or setting is missing, unexpected or of the wrong shape; the message names it.
     """
-    checkpoint = open_checkpoint(path)
+    sources = sources if isinstance(sources, Sources) else Sources(model=sources)
+    checkpoint = find_checkpoint(sources)
     config = _model_config(checkpoint)
     for name, reader in checkpoint.experts.items():
         check_names(reader, dit_weights.expected_tensors(config.dit), part=f"{name} diffusion transformer")
@@ -50,8 +59,27 @@ def open_model(path: str | Path) -> Model:
         experts=checkpoint.experts,
         vae=checkpoint.vae,
         text=checkpoint.text,
-        tokenizer=load_tokenizer(checkpoint.tokenizer),
+        tokenizer=_tokenizer(checkpoint.tokenizer),
+        found_at=_model_path(sources, checkpoint),
+        files=sources.parts,
+        notes=checkpoint.notes,
     )
+
+
+def _model_path(sources: Sources, checkpoint: Checkpoint) -> str | None:
+    """The folder or file that `sources.model` led to."""
+    if sources.model is None:
+        return None
+    path = Path(sources.model).expanduser()
+    return str((path if path.exists() else checkpoint.path).absolute())
+
+
+def _tokenizer(place: Path | TensorRef) -> Tokenizer:
+    if isinstance(place, Path):
+        return load_tokenizer(place)
+    data = place.load()
+    assert isinstance(data, Tensor)
+    return tokenizer_of_sentencepiece(data.numpy().tobytes(), place.file)
 
 
 def vae_parameters(config: VAEConfig) -> int:

@@ -1,29 +1,41 @@
 """The door: `load` opens a model, `Pipeline.generate` makes a video with it."""
 
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from wanfast.checkpoint.lookup import Sources
 from wanfast.config import SolverName
 from wanfast.errors import RequestError
 from wanfast.generation import Inputs, OnProgress, OnStep, generate_frames, generate_latents
 from wanfast.images import ImageSource, load_image
 from wanfast.loaded import LoadedModel
+from wanfast.lora import Lora, LoraSpec, file_digest, open_loras
 from wanfast.model import open_model, vae_parameters
 from wanfast.plan import Plan, make_plan
+from wanfast.presets import apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
-from wanfast.settings import settings_of
+from wanfast.settings import RecordedLora, settings_of
 from wanfast.tiny import ensure_tiny
 from wanfast.version import __version__
 from wanfast.video import Video
+
+_log = logging.getLogger("wanfast")
 
 
 def load(
     model: str | Path | None = None,
     *,
+    high: str | Path | None = None,
+    low: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     precision: Literal["auto", "fp32", "exact"] = "auto",
     vram: int | str | None = None,
     device: str | torch.device | None = None,
@@ -31,21 +43,29 @@ def load(
     """Open a model: headers and names are checked, no weight is read yet.
 
     Args:
-        model: folder in the official or the Diffusers layout; None is the tiny built-in model.
+        model: folder in the official, the Diffusers or ComfyUI's layout, one file (of a pair of experts, the other is
+            found by its name), "t2v-a14b", "i2v-a14b", "ti2v-5b" or a Hugging Face Hub id; None is the tiny built-in
+            model.
+        high: file of the high-noise expert, instead of `model`.
+        low: file of the low-noise expert.
+        vae: file, instead of the model's own or the one near it.
+        text_encoder: file or folder, likewise.
+        tokenizer: `tokenizer.json` or `spiece.model`, likewise.
         precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16; "auto" is "exact" on a
             GPU, else "fp32".
         vram: device memory that weights may keep, in bytes or as "24GB"; None is what is free.
         device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one.
 
     Raises:
-        RequestError: precision, vram or device is not as above.
-        CheckpointError: the folder or one of its files cannot be used; the message names it.
+        RequestError: precision, vram or device is not as above, or the named files contradict each other.
+        CheckpointError: the folder or one of its files cannot be found or used; the message names it.
     """
-    return Pipeline(open_loaded(model, precision=precision, vram=vram, device=device))
+    sources = Sources(model=model, high=high, low=low, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+    return Pipeline(open_loaded(sources, precision=precision, vram=vram, device=device))
 
 
 def open_loaded(
-    model: str | Path | None, *, precision: str, vram: int | str | None, device: str | torch.device | None
+    sources: Sources, *, precision: str, vram: int | str | None, device: str | torch.device | None
 ) -> LoadedModel:
     """Open a model's files for a device and a precision; arguments and errors as in `load`."""
     if precision not in ("auto", "fp32", "exact"):
@@ -53,7 +73,7 @@ def open_loaded(
     place = _device(device)
     budget = None if vram is None else parse_bytes("vram", vram)
     is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
-    opened = open_model(ensure_tiny() if model is None else model)
+    opened = open_model(ensure_tiny() if sources == Sources() else sources)
     return LoadedModel(opened, precision="fp32" if is_fp32 else "exact", device=place, vram=budget)
 
 
@@ -66,6 +86,28 @@ def plan_for(model: LoadedModel, request: Request) -> Plan:
         device=str(model.device),
         vae_parameters=vae_parameters(model.config.vae),
     )
+
+
+def record_loras(loras: Iterable[Lora]) -> list[RecordedLora]:
+    """Give what a clip's settings hold of its LoRAs; reads each file whole once, for its hash."""
+    return [
+        RecordedLora(
+            path=str(lora.spec.path),
+            sha256=file_digest(lora.spec.path),
+            strength=lora.spec.strength,
+            target=lora.spec.target,
+            is_rank_stabilised=lora.spec.is_rank_stabilised,
+        )
+        for lora in loras
+    ]
+
+
+def warn_of_preset(model: LoadedModel, plan: Plan, loras: Iterable[Lora]) -> None:
+    """Log a warning where file names speak of few steps and the plan has many."""
+    readers = [*model.model.experts.values(), *(lora.reader for lora in loras)]
+    note = preset_note(plan, [f"{reader.path.parent.name}/{reader.path.name}" for reader in readers])
+    if note is not None:
+        _log.warning("%s", note)
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -120,6 +162,8 @@ class Pipeline:
         solver: SolverName | None = None,
         seed: int | None = None,
         fps: int | None = None,
+        preset: str | None = None,
+        loras: Sequence[str | Path | LoraSpec] = (),
         latents: Tensor | None = None,
         context: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -143,6 +187,9 @@ class Pipeline:
             solver: "unipc", "dpmpp" or "euler".
             seed: of the noise; None draws one, which the video's settings then hold.
             fps: frames per second of the file; changes no frame.
+            preset: "lightning4": 4 steps, euler, shift 5 and guidance 1 where these are not given.
+            loras: LoRA files for this generation alone, as "file.safetensors:0.8@high", paths or `LoraSpec`s; none
+                changes a weight of the model, nothing is loaded anew.
             latents: initial noise [C, F, H, W], fp32, instead of the one the seed gives.
             context: prompt and negative prompt encoded [2, T <= 512, text channels], instead of the prompts.
             on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
@@ -155,7 +202,8 @@ class Pipeline:
         Raises:
             RequestError: an argument breaks a rule; nothing has been computed then.
             MediaError: the image cannot be read.
-            CheckpointError: a tensor is not finite or cannot be read; the message names file and tensor.
+            CheckpointError: a tensor is not finite or cannot be read, or a LoRA is not one for this model; the message
+                names file and tensor.
         """
         if output not in ("video", "latents"):
             raise RequestError(f"output: must be video or latents, got {output!r}")
@@ -178,18 +226,24 @@ class Pipeline:
             seed=seed,
             fps=fps,
         )
-        plan = self.plan(request)
-        inputs = Inputs(image=picture, latents=latents, context=context)
+        plan = self.plan(apply_preset(request, preset))
+        opened = open_loras(loras, self.loaded.config)
+        warn_of_preset(self.loaded, plan, opened)
+        inputs = Inputs(image=picture, latents=latents, context=context, loras=opened)
         if output == "latents":
             return generate_latents(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress)
         chunks = list(generate_frames(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress))
-        frames = torch.cat(chunks)
-        settings = settings_of(
+        image_path = str(image) if isinstance(image, str | Path) else None
+        return Video(torch.cat(chunks), plan.fps, self._settings(plan, inputs, image_path))
+
+    def _settings(self, plan: Plan, inputs: Inputs, image_path: str | None) -> dict[str, Any]:
+        return settings_of(
             plan,
             version=__version__,
-            model_path=str(self.loaded.model.path),
-            image=picture,
-            image_path=str(image) if isinstance(image, str | Path) else None,
-            is_repeatable=latents is None and context is None,
+            model_path=self.loaded.model.found_at,
+            model_files=self.loaded.model.files,
+            image=inputs.image,
+            image_path=image_path,
+            is_repeatable=inputs.latents is None and inputs.context is None,
+            loras=record_loras(inputs.loras),
         )
-        return Video(frames, plan.fps, settings)

@@ -1,8 +1,10 @@
 """What a clip says of itself: the settings embedded in the file, and the way back from them to the same video."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -15,15 +17,28 @@ FORMAT = 1  # of the embedded object; raised when a reader of the old one would 
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedLora:
+    """One LoRA as it was used."""
+
+    path: str
+    sha256: str  # of the file
+    strength: float
+    target: str | None
+    is_rank_stabilised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """Settings read back from a clip."""
 
     request: Request
     model: str  # name, such as t2v-A14B
-    model_path: str | None  # None is the built-in tiny model
+    model_path: str | None  # None is the built-in tiny model, unless there are files
+    model_files: dict[str, str]  # of parts named one by one, by the names of `wanfast.load`'s arguments
     precision: str
     image_path: str | None
     image_sha256: str | None
+    loras: tuple[RecordedLora, ...]
 
 
 def image_digest(image: Image.Image) -> str:
@@ -39,6 +54,8 @@ def settings_of(
     image: Image.Image | None = None,
     image_path: str | None = None,
     is_repeatable: bool = True,
+    model_files: Mapping[str, str] = MappingProxyType({}),
+    loras: Sequence[RecordedLora] = (),
 ) -> dict[str, Any]:
     """Gather what repeats a plan's video, as JSON-able values.
 
@@ -49,15 +66,19 @@ def settings_of(
         image: the conditioning picture, if there was one.
         image_path: where it came from, if from a file.
         is_repeatable: whether prompts and seed are all the video came from (no latents or encodings of the caller's).
+        model_files: parts of the model that were named one by one.
+        loras: in the order they were given.
     """
     return {
         "wanfast": version,
         "format": FORMAT,
         "model": plan.model,
         "model_path": model_path,
+        "model_files": dict(model_files),
         "precision": plan.precision,
         "is_repeatable": is_repeatable,
         "image": None if image is None else {"path": image_path, "sha256": image_digest(image)},
+        "loras": [asdict(lora) for lora in loras],
         "request": asdict(request_of(plan)),
     }
 
@@ -91,7 +112,28 @@ def read_recorded(settings: dict[str, Any], clip: str | Path) -> Recorded:
         request=Request(values.pop("prompt", None), **values),
         model=str(settings.get("model")),
         model_path=settings.get("model_path"),
+        model_files=_recorded_files(settings.get("model_files", {}), clip),
         precision=str(settings.get("precision")),
         image_path=image.get("path"),
         image_sha256=image.get("sha256"),
+        loras=_recorded_loras(settings.get("loras", []), clip),
     )
+
+
+def _recorded_files(entries: Any, clip: str | Path) -> dict[str, str]:
+    known = ("high", "low", "vae", "text_encoder", "tokenizer")
+    is_map = isinstance(entries, dict)
+    if not is_map or not all(key in known and isinstance(path, str) for key, path in entries.items()):
+        raise MediaError(f"{clip}: its settings are damaged: model_files must hold only paths of {', '.join(known)}")
+    return dict(entries)
+
+
+def _recorded_loras(entries: Any, clip: str | Path) -> tuple[RecordedLora, ...]:
+    types = {"path": str, "sha256": str, "strength": int | float, "target": str | None, "is_rank_stabilised": bool}
+    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not is_list or not all(
+        entry.keys() == types.keys() and all(isinstance(entry[key], kind) for key, kind in types.items())
+        for entry in entries
+    ):
+        raise MediaError(f"{clip}: its settings are damaged: each of loras must hold {', '.join(types)}")
+    return tuple(RecordedLora(**entry) for entry in entries)

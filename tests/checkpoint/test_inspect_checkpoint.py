@@ -115,7 +115,7 @@ def test_other_tensor_files_are_not_taken_for_a_model(tmp_path, name):
         describe(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.gguf", "a"])
+@pytest.mark.parametrize("name", ["a.txt", "a.ckpt", "a"])
 def test_other_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"text")
     with pytest.raises(CheckpointError, match="not a tensor file wanfast knows"):

@@ -1,4 +1,4 @@
-"""The three model families, small and random, as checkpoints in both layouts and as diffusers pipelines over the same weights."""
+"""The three model families, small and random: as checkpoints in both layouts and as diffusers pipelines."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.vocabulary import train_spiece
@@ -11,8 +12,6 @@ from reference.vocabulary import train_spiece
 from wanfast.errors import CheckpointError
 from wanfast.text.sentencepiece import read_sentencepiece
 from wanfast.text.tokenizer import clean_prompt, load_tokenizer, tokenize
-
-sentencepiece = pytest.importorskip("sentencepiece")
 
 
 @pytest.fixture(scope="module")

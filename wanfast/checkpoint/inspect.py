@@ -1,25 +1,19 @@
 """Says what a checkpoint folder or a tensor file is, from headers alone."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from wanfast.checkpoint.layout import open_checkpoint
-from wanfast.checkpoint.names import dit_from_diffusers, text_from_transformers, vae_from_diffusers, vae_version
-from wanfast.checkpoint.reader import Reader, open_file
-from wanfast.checkpoint.variant import dit_channels, num_blocks
+from wanfast.checkpoint import nearby
+from wanfast.checkpoint.layout import Checkpoint
+from wanfast.checkpoint.lookup import Sources, find_checkpoint
+from wanfast.checkpoint.names import vae_version
+from wanfast.checkpoint.part import KIND_NAMES, PartKind, open_parts
+from wanfast.checkpoint.reader import Reader
+from wanfast.checkpoint.variant import dit_channels, num_blocks, task_by_channels
 from wanfast.errors import CheckpointError
 
-# Official names that only one kind of part has. A shard holds some of them, and no LoRA any.
-_KINDS = {
-    "dit": r"patch_embedding|head\.head|blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|norm_q|norm_k)|ffn\.[02])",
-    "vae": r"(encoder|decoder)\.(conv1|head\.[02]|middle\..+|(down|up)samples\..+)",
-    "text": r"token_embedding|blocks\.\d+\.(attn\.[qkvo]|pos_embedding\.embedding|ffn\.(gate\.0|fc1|fc2))",
-}
-_KIND_NAMES = {"dit": "diffusion transformer", "vae": "VAE", "text": "umT5 text encoder"}
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -27,21 +21,22 @@ def describe(path: str | Path) -> dict[str, Any]:
     """Describe a checkpoint folder or a single tensor file; reads headers and configs only.
 
     Args:
-        path: a folder in the official or Diffusers layout, or a `.safetensors`, `.safetensors.index.json` or `.pth`
-            file; a single shard will do.
+        path: a folder in the official, Diffusers or ComfyUI's layout, or a `.safetensors`, `.safetensors.index.json`,
+            `.gguf` or `.pth` file; a single shard will do.
 
     Returns:
         What it is, as JSON-able values: for a folder its layout, task, boundary, defaults and every part under "parts";
-        for a file the one part it is or belongs to. A part has its kind, parameters, bytes by dtype, files and sizes.
+        for a file the parts it holds or belongs to. A part has its kind, parameters, bytes by dtype or quantisation,
+        files and sizes; a DiT also its task, and its expert as far as names tell.
 
     Raises:
         CheckpointError: the path is no such thing, or is one that is damaged or incomplete.
     """
     path = Path(path).expanduser()
     if path.is_file():
-        return {"path": str(path), "what": "file", "parts": {"file": _describe_file(path)}}
-    checkpoint = open_checkpoint(path)
-    parts = {str(name): _describe_part("dit", reader) for name, reader in checkpoint.experts.items()}
+        return {"path": str(path), "what": "file", "parts": _describe_file(path)}
+    checkpoint = find_checkpoint(Sources(model=path)) if path.exists() else _absent(path)
+    parts = {str(name): _describe_part("dit", reader, expert=name) for name, reader in checkpoint.experts.items()}
     parts |= {"text": _describe_part("text", checkpoint.text), "vae": _describe_part("vae", checkpoint.vae)}
     defaults = {
         name: value
@@ -55,7 +50,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "task": checkpoint.task,
         "boundary": checkpoint.boundary,
         "defaults": defaults,
-        "tokenizer": str(checkpoint.tokenizer),
+        "tokenizer": str(checkpoint.tokenizer if isinstance(checkpoint.tokenizer, Path) else checkpoint.tokenizer.file),
+        "notes": list(checkpoint.notes),
         "parts": parts,
     }
 
@@ -73,7 +69,7 @@ def format_description(description: dict[str, Any]) -> str:
         rows.append(
             (
                 name,
-                _KIND_NAMES[part["kind"]],
+                _kind_name(part),
                 str(part["num_tensors"]),
                 f"{part['num_parameters']:,}",
                 _human(part["num_bytes"]),
@@ -88,30 +84,33 @@ def format_description(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
-    reader = open_file(path)
-    names = reader.names()
-    # No rule touches an official name, so each serves both namings of its part.
-    namings = (
-        dit_from_diffusers(names),
-        vae_from_diffusers(names, vae_version(names)),
-        text_from_transformers(names),
-    )
-    for naming in namings:
-        if kind := _kind(naming.values()):
-            return _describe_part(kind, reader.renamed(naming))
-    raise CheckpointError(
-        f"{path}: not a file wanfast knows: it holds no tensor of a Wan diffusion transformer, VAE or umT5 text encoder"
-    )
+def _kind_name(part: dict[str, Any]) -> str:
+    known = [str(part[key]) for key in ("task", "expert") if part.get(key)]
+    return KIND_NAMES[part["kind"]] + (f" ({' '.join(known)})" if known else "")
 
 
-def _describe_part(kind: str, reader: Reader) -> dict[str, Any]:
+def _absent(path: Path) -> Checkpoint:
+    """Refuse a path that is not there, as a folder of weights: a name that could be downloaded is not looked up."""
+    raise CheckpointError(f"{path}: no such folder or file")
+
+
+def _describe_file(path: Path) -> dict[str, dict[str, Any]]:
+    parts = open_parts(path)
+    expert = nearby.expert_by_name(path)
+    described = [_describe_part(part.kind, part.reader, expert=expert) for part in parts]
+    if len(parts) == 1:
+        return {"file": described[0]}
+    return {part.kind: description for part, description in zip(parts, described, strict=True)}
+
+
+def _describe_part(kind: PartKind, reader: Reader, *, expert: str | None = None) -> dict[str, Any]:
     refs = [reader.ref(name) for name in sorted(reader.names())]
     by_dtype: Counter[str] = Counter()
     for ref in refs:
-        by_dtype[str(ref.dtype).removeprefix("torch.")] += ref.num_bytes
+        by_dtype[ref.stored_as or str(ref.dtype).removeprefix("torch.")] += ref.num_bytes
     return {
         "kind": kind,
+        **({"expert": expert, "task": _task(reader)} if kind == "dit" else {}),
         "num_tensors": len(refs),
         "num_parameters": sum(math.prod(ref.shape) for ref in refs),
         "num_bytes": sum(by_dtype.values()),
@@ -121,10 +120,14 @@ def _describe_part(kind: str, reader: Reader) -> dict[str, Any]:
     }
 
 
-def _kind(names: Iterable[str]) -> str | None:
-    """The part whose names these are; None where no name is known."""
-    stems = [re.sub(r"\.(weight|bias|gamma)$", "", name) for name in names]
-    return next((kind for kind, known in _KINDS.items() if any(re.fullmatch(known, stem) for stem in stems)), None)
+def _task(reader: Reader) -> str | None:
+    """The task of a DiT; None for a shard that does not show it, or for no Wan 2.2 model's."""
+    if not {"patch_embedding.weight", "head.head.weight"} <= reader.names():
+        return None
+    try:
+        return task_by_channels(reader)
+    except CheckpointError:
+        return None
 
 
 def _sizes(kind: str, reader: Reader) -> dict[str, Any]:

@@ -65,6 +65,9 @@ class Given:
     tokenizer: Path | TensorRef | None = None
 
 
+_NOTHING = Given()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTSettings:
     """What a DiT's tensors do not tell."""
@@ -120,7 +123,7 @@ class _Search:
             raise CheckpointError(f"{self.folder}: {len(self.problems)} problems: " + "; ".join(self.problems))
 
 
-def open_checkpoint(path: str | Path, given: Given = Given()) -> Checkpoint:
+def open_checkpoint(path: str | Path, given: Given = _NOTHING) -> Checkpoint:
     """Open a checkpoint folder: headers and configs are read, no weights.
 
     Args:
@@ -192,8 +195,8 @@ def _usual_settings(reader: Reader) -> DiTSettings:
     dim = reader.shape("patch_embedding.weight")[0]
     if dim % _HEAD_DIM:
         raise CheckpointError(
-            f"{reader.where('patch_embedding.weight')} is {dim} wide, not a multiple of the {_HEAD_DIM} channels of a Wan "
-            "model's head; a folder with a config.json can say otherwise"
+            f"{reader.where('patch_embedding.weight')} is {dim} wide, not a multiple of the {_HEAD_DIM} channels of a "
+            "Wan model's head; a folder with a config.json can say otherwise"
         )
     return DiTSettings(num_heads=dim // _HEAD_DIM, eps=1e-6, text_len=512)
 

@@ -23,7 +23,7 @@ from wanfast.checkpoint.names import (
     vae_version,
 )
 from wanfast.checkpoint.reader import Reader, open_file, open_folder
-from wanfast.checkpoint.scaled_format import open_scaled
+from wanfast.checkpoint.scaled_format import check_header, open_scaled
 from wanfast.errors import CheckpointError
 
 PartKind = Literal["dit", "vae", "text"]
@@ -69,6 +69,8 @@ def open_parts(path: str | Path) -> list[Part]:
     """
     path = Path(path)
     reader = open_folder(path) if path.is_dir() else open_file(path)
+    if path.suffix == ".safetensors" and not path.is_dir():
+        check_header(path)
     groups: dict[str, dict[str, str]] = {}
     for name in reader.names():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
@@ -99,16 +101,15 @@ def open_part(path: str | Path, kind: PartKind) -> Part:
 def _part(reader: Reader) -> Part | None:
     """Tell what a group of tensors is, and give it its official names; None where it is nothing of Wan's."""
     names = reader.names()
-    # No rule touches an official name, so each serves both namings of its part, or all three.
-    namings = (
-        dit_from_diffusers(names),
-        vae_from_diffusers(names, vae_version(names)),
-        text_from_transformers(names),
-        text_from_llama_cpp(names),
+    # The rules of a part touch none of its official names, so each serves both namings.
+    namings: tuple[tuple[PartKind, dict[str, str]], ...] = (
+        ("dit", dit_from_diffusers(names)),
+        ("vae", vae_from_diffusers(names, vae_version(names))),
+        ("text", text_from_transformers(names)),
+        ("text", text_from_llama_cpp(names)),
     )
-    for naming in namings:
-        kind = _kind(naming.values())
-        if kind is None:
+    for kind, naming in namings:
+        if not _has_kind(kind, naming.values()):
             continue
         vocabulary = _vocabulary(reader) if kind == "text" else None
         if vocabulary is not None:
@@ -126,7 +127,7 @@ def _vocabulary(reader: Reader) -> TensorRef | None:
     return ref
 
 
-def _kind(names: Iterable[str]) -> PartKind | None:
-    """The part whose names these are; None where no name is known."""
-    stems = [re.sub(r"\.(weight|bias|gamma|int8_weight)$", "", name) for name in names]
-    return next((kind for kind, known in _KINDS.items() if any(re.fullmatch(known, stem) for stem in stems)), None)
+def _has_kind(kind: PartKind, names: Iterable[str]) -> bool:
+    """Whether any name is one that only this kind of part has."""
+    stems = (re.sub(r"\.(weight|bias|gamma|int8_weight)$", "", name) for name in names)
+    return any(re.fullmatch(_KINDS[kind], stem) for stem in stems)

@@ -14,14 +14,17 @@ thu-ml/TurboDiffusion, turbodiffusion/ops/core.py and rcm/networks/wan2pt2.py.
 
 import logging
 import math
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wanfast.checkpoint.files import TensorRef, parse_object
 from wanfast.checkpoint.reader import Reader
+from wanfast.checkpoint.safetensors_format import safetensors_metadata
 from wanfast.errors import CheckpointError
 from wanfast.kernels.dequantize_scaled import block_counts
 from wanfast.stored import ScaledWeight, Weight
@@ -33,7 +36,9 @@ _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = ("scale_weight", "weight_scale")
 _DROPPED = ("scale_input", "input_scale")
 _QUANT_NOTE = "comfy_quant"  # JSON about one weight
-_QUANT_NOTES_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise")
+_QUANT_HEADER = "_quantization_metadata"  # the same about all weights, in a file's header
+_QUANT_NOTES_READ = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+_QUANT_KEYS_READ = {"format", "full_precision_matrix_mult"}  # any other may change what the numbers mean: "convrot"
 _BLOCK_WEIGHT = "int8_weight"
 _LINEAR_ATTENTION = ".attn_op.local_attn.proj_l."  # TurboDiffusion's sparse-linear attention
 _NOT_MULTIPLIED = ("patch_embedding", "token_embedding", "shared", "embed_tokens", "pos_embedding", "attention_bias")
@@ -79,18 +84,38 @@ def _is_dropped(reader: Reader, name: str) -> bool:
     return name == _MARKER or kind in (*_DROPPED, _QUANT_NOTE) or _LINEAR_ATTENTION in name
 
 
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header tells of a quantisation that is not read.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    text = safetensors_metadata(path).get(_QUANT_HEADER)
+    if text is None:
+        return
+    try:
+        layers = parse_object(text.encode()).get("layers")
+    except (ValueError, RecursionError):
+        layers = None
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{path}: its {_QUANT_HEADER} cannot be read; download it again")
+    for name, note in layers.items():
+        _check_note(note, f"{path}: {_QUANT_HEADER} of {name}")
+
+
 def _check_quant_note(reader: Reader, name: str) -> None:
-    note = reader.load(name)
-    told: object = None
-    if isinstance(note, Tensor) and note.dtype == torch.uint8 and note.numel() < 4096:
-        try:
-            told = parse_object(bytes(note.flatten().tolist())).get("format")
-        except (ValueError, RecursionError):
-            told = None
-    if told not in _QUANT_NOTES_READ:
+    stored, note = reader.load(name), None
+    if isinstance(stored, Tensor) and stored.dtype == torch.uint8 and stored.numel() < 4096:
+        with suppress(ValueError, RecursionError):
+            note = parse_object(bytes(stored.flatten().tolist()))
+    _check_note(note, reader.where(name))
+
+
+def _check_note(note: object, where: str) -> None:
+    if not isinstance(note, dict) or note.get("format") not in _QUANT_NOTES_READ or note.keys() - _QUANT_KEYS_READ:
         raise CheckpointError(
-            f"{reader.where(name)} says the weight is quantised as {told!r}; wanfast reads "
-            f"{', '.join(_QUANT_NOTES_READ)}; use another file of this model"
+            f"{where} says the weight is quantised as {note}; wanfast reads {', '.join(_QUANT_NOTES_READ)} only; "
+            "use another file of this model"
         )
 
 
@@ -111,7 +136,9 @@ def _weight_ref(refs: dict[str, TensorRef], reader: Reader, name: str, *, is_sca
 def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorRef) -> TensorRef:
     """Take a scale out of the entries, its shape brought to the form of `ScaledWeight`."""
     if name not in refs:
-        raise CheckpointError(f"{weight.file}: tensor {weight.stored_name} has no scale {name}; download the file again")
+        raise CheckpointError(
+            f"{weight.file}: tensor {weight.stored_name} has no scale {name}; download the file again"
+        )
     scale, rows = refs.pop(name), weight.shape[0] if len(weight.shape) == 2 else 0
     if not rows or not scale.dtype.is_floating_point:
         raise CheckpointError(f"{reader.where(name)} is no scale of a matrix; use the original file")
@@ -119,8 +146,8 @@ def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorR
     forms |= {(rows, 1): (rows, 1), block_counts(weight.shape): block_counts(weight.shape)}
     if scale.shape not in forms:
         raise CheckpointError(
-            f"{reader.where(name)} has shape {list(scale.shape)}, which scales no weight of shape {list(weight.shape)}: "
-            f"expected [], [{rows}, 1] or {list(block_counts(weight.shape))}"
+            f"{reader.where(name)} has shape {list(scale.shape)}, which scales no weight of shape "
+            f"{list(weight.shape)}: expected [], [{rows}, 1] or {list(block_counts(weight.shape))}"
         )
     return replace(scale, shape=forms[scale.shape])
 
@@ -140,7 +167,7 @@ def _load_scaled(weight: TensorRef, scale: TensorRef | None) -> Weight:
     values, scales = weight.load(), torch.ones(()) if scale is None else scale.load()
     assert isinstance(values, Tensor) and isinstance(scales, Tensor)
     form = () if scale is None else scale.shape
-    return ScaledWeight(values, scales.to(torch.float32).reshape(form).contiguous(), _EXPANDS_TO)
+    return ScaledWeight(values.contiguous(), scales.to(torch.float32).reshape(form).contiguous(), _EXPANDS_TO)
 
 
 def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
@@ -157,4 +184,3 @@ def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
         return weight.reshape(shape)
 
     return refs | {"patch_embedding.weight": replace(ref, shape=shape, load=load)}
-

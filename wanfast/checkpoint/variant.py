@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.checkpoint.reader import Reader
-from wanfast.config import Task
+from wanfast.config import VAE_2_2, Task
 from wanfast.errors import CheckpointError
 
 _PATCH = "patch_embedding.weight"  # [dim, in_channels, frames, rows, columns]
@@ -34,6 +34,22 @@ def check_task(reader: Reader, task: Task, source: Path) -> None:
             f"{reader.where(_PATCH)} takes {taken} channels and the head gives {given}, {as_in}, but {source} says "
             f"{task}; these are another variant's weights; download the ones that belong here"
         )
+
+
+def task_by_channels(reader: Reader) -> Task:
+    """Tell the task of a DiT that comes without a config.
+
+    Raises:
+        CheckpointError: it takes and gives channels as no Wan 2.2 model does.
+    """
+    taken, given = dit_channels(reader)
+    if taken == given:
+        return "ti2v" if given == VAE_2_2.z_dim else "t2v"
+    if taken == 2 * given + _MASK_CHANNELS:
+        return "i2v"
+    raise CheckpointError(
+        f"{reader.where(_PATCH)} takes {taken} channels and the head gives {given}, as no Wan 2.2 model does"
+    )
 
 
 def check_sizes(reader: Reader, config: Mapping[str, Any], source: Path) -> None:
