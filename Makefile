@@ -1,4 +1,4 @@
-# `make demo` makes a video, `make test` checks everything; both start from nothing but Python 3.11 (3.10 or later works too).
+# `make demo` makes a video, `make test` checks everything; both start from nothing but Python 3.11 or later.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

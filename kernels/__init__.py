@@ -7,6 +7,7 @@ truth in tests. This package needs torch and Triton only, and nothing of wanfast
 if __name__ == "wanfast.kernels":
     from .dequantize_gguf import dequantize_gguf
     from .dequantize_scaled import dequantize_scaled
+    from .gguf_blocks import gguf_scales
     from .layernorm import layer_norm
     from .modulate import layer_norm_modulate
     from .residual import gated_residual
@@ -18,4 +19,12 @@ else:
         raise AttributeError(f"{name}: this package is wanfast.kernels; import it by that name, not as {__name__}")
 
 
-__all__ = ["dequantize_gguf", "dequantize_scaled", "gated_residual", "layer_norm", "layer_norm_modulate", "rms_norm"]
+__all__ = [
+    "dequantize_gguf",
+    "dequantize_scaled",
+    "gated_residual",
+    "gguf_scales",
+    "layer_norm",
+    "layer_norm_modulate",
+    "rms_norm",
+]

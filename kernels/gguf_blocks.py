@@ -21,6 +21,7 @@ class BlockFormat:
     elements: int
     num_bytes: int
     unpack: Callable[[Tensor], Tensor]  # [N, num_bytes] uint8 -> [N, elements], fp32 unless the kind is plain
+    scales_at: tuple[int, ...] = ()  # bytes of a block at which an fp16 scale or minimum stands
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -153,14 +154,29 @@ FORMATS: Mapping[str, BlockFormat] = {
     "F32": BlockFormat(1, 4, lambda blocks: blocks.view(torch.float32)),
     "F16": BlockFormat(1, 2, lambda blocks: blocks.view(torch.float16)),
     "BF16": BlockFormat(1, 2, lambda blocks: blocks.view(torch.bfloat16)),
-    "Q8_0": BlockFormat(32, 34, _q8_0),
-    "Q4_0": BlockFormat(32, 18, _q4_0),
-    "Q4_1": BlockFormat(32, 20, _q4_1),
-    "Q5_0": BlockFormat(32, 22, _q5_0),
-    "Q5_1": BlockFormat(32, 24, _q5_1),
-    "Q2_K": BlockFormat(256, 84, _q2_k),
-    "Q3_K": BlockFormat(256, 110, _q3_k),
-    "Q4_K": BlockFormat(256, 144, _q4_k),
-    "Q5_K": BlockFormat(256, 176, _q5_k),
-    "Q6_K": BlockFormat(256, 210, _q6_k),
+    "Q8_0": BlockFormat(32, 34, _q8_0, scales_at=(0,)),
+    "Q4_0": BlockFormat(32, 18, _q4_0, scales_at=(0,)),
+    "Q4_1": BlockFormat(32, 20, _q4_1, scales_at=(0, 2)),
+    "Q5_0": BlockFormat(32, 22, _q5_0, scales_at=(0,)),
+    "Q5_1": BlockFormat(32, 24, _q5_1, scales_at=(0, 2)),
+    "Q2_K": BlockFormat(256, 84, _q2_k, scales_at=(80, 82)),
+    "Q3_K": BlockFormat(256, 110, _q3_k, scales_at=(108,)),
+    "Q4_K": BlockFormat(256, 144, _q4_k, scales_at=(0, 2)),
+    "Q5_K": BlockFormat(256, 176, _q5_k, scales_at=(0, 2)),
+    "Q6_K": BlockFormat(256, 210, _q6_k, scales_at=(208,)),
 }
+
+
+def gguf_scales(blocks: Tensor, kind: str) -> Tensor:
+    """Take the fp16 scales and minimums out of rows of blocks; where one is not finite, its whole block is not.
+
+    Args:
+        blocks: [rows, bytes of a row], uint8.
+        kind: a quantised one of `FORMATS`.
+
+    Returns:
+        [number of blocks, 1 or 2], fp16.
+    """
+    form = FORMATS[kind]
+    each = blocks.reshape(-1, form.num_bytes)
+    return torch.cat([each[:, at : at + 2].contiguous().view(torch.float16) for at in form.scales_at], dim=1)

@@ -14,7 +14,10 @@ SIZE = 64
 FRAMES = 9
 
 
-@pytest.fixture(scope="module", params=["t2v", "i2v", "ti2v"])
+MODES = [("t2v", False), ("i2v", True), ("ti2v", False), ("ti2v", True)]  # family, whether a picture is given
+
+
+@pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(request.param, tmp_path_factory.mktemp("family"))
 
@@ -60,10 +63,8 @@ def diffusers_frames(family: Family, image: Image.Image | None, latents: torch.T
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
-@pytest.mark.parametrize("has_image", [False, True])
+@pytest.mark.parametrize(("family", "has_image"), MODES, indirect=["family"])
 def test_a_whole_run_equals_diffusers(family: Family, layout: str, has_image: bool, tmp_path: Path) -> None:
-    if has_image == (family.task == "t2v") and family.task != "ti2v":
-        pytest.skip("the family has no such mode")
     folder = family.write_official(tmp_path) if layout == "official" else family.write_diffusers(tmp_path)
     pipeline = wanfast.load(folder, precision="fp32", device="cpu")
     image = picture() if has_image else None
@@ -141,6 +142,8 @@ def test_bf16_stays_near_fp32(t2v: wanfast.Pipeline) -> None:
         ({"latents": torch.zeros(16, 3, 8, 4)}, "latents: "),
         ({"latents": torch.zeros(16, 3, 8, 8, dtype=torch.int64)}, "latents: "),
         ({"latents": torch.full((16, 3, 8, 8), float("nan"))}, "latents: "),
+        ({"latents": [1.0, 2.0]}, "latents: "),
+        ({"context": [torch.zeros(4, 24), torch.zeros(4, 24)]}, "context: "),
         ({"context": torch.zeros(1, 4, 24)}, "context: "),
         ({"context": torch.zeros(2, 4, 23)}, "context: "),
         ({"output": "gif"}, "output: "),
@@ -162,8 +165,8 @@ def test_nan_in_a_weight_is_found_and_named(tmp_path: Path) -> None:
         pipeline.generate(PROMPT, **options(pipeline))
 
 
-@pytest.mark.parametrize(("key", "value"), [("precision", "fp4"), ("device", "abacus"), ("vram", "lots")])
-def test_load_refuses_by_name(key: str, value: str) -> None:
+@pytest.mark.parametrize(("key", "value"), [("precision", "fp4"), ("device", "abacus"), ("vram", "lots"), ("model", 5)])
+def test_load_refuses_by_name(key: str, value: object) -> None:
     with pytest.raises(wanfast.RequestError, match=f"^{key}: "):
         wanfast.load(**{key: value})
 
@@ -174,3 +177,28 @@ def test_few_resident_blocks_change_nothing(t2v: wanfast.Pipeline) -> None:
         streamed.generate(PROMPT, **options(t2v, output="latents")),
         t2v.generate(PROMPT, **options(t2v, output="latents")),
     )
+
+
+def test_the_callers_autocast_does_not_reach_the_numbers(t2v: wanfast.Pipeline) -> None:
+    want = t2v.generate(PROMPT, **options(t2v)).frames
+    with torch.autocast("cpu", torch.bfloat16):
+        got = t2v.generate(PROMPT, **options(t2v)).frames
+    assert torch.equal(got, want)
+
+
+def test_another_default_dtype_is_refused(t2v: wanfast.Pipeline) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(wanfast.RequestError, match="default dtype"):
+            t2v.generate(PROMPT, **options(t2v))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("output", ["latents", "video"])
+def test_latents_that_overflow_stop_the_step_and_name_it(output: str, tmp_path: Path) -> None:
+    family = make_family("t2v", tmp_path)
+    family.transformers[0].blocks[1].ffn.net[0].proj.weight.data[0, 0] = 3e38  # finite, so loading cannot see it
+    pipeline = wanfast.load(family.write_official(tmp_path / "model"), device="cpu")
+    with pytest.raises(wanfast.NumericsError, match=r"step 1 of 5 \(high_noise\)"):
+        pipeline.generate(PROMPT, **options(pipeline, output=output))

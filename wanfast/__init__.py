@@ -12,7 +12,7 @@ from wanfast.version import __version__
 
 if TYPE_CHECKING:
     from wanfast.config import MODELS, ModelConfig
-    from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, RequestError
+    from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
     from wanfast.lora import LoraSpec
     from wanfast.pipeline import Pipeline, load
     from wanfast.plan import Plan
@@ -27,6 +27,7 @@ _HOME = {
     "LoraSpec": "lora",
     "MediaError": "errors",
     "MemoryBudgetError": "errors",
+    "NumericsError": "errors",
     "ModelConfig": "config",
     "Pipeline": "pipeline",
     "Plan": "plan",
@@ -44,6 +45,7 @@ __all__ = [
     "MediaError",
     "MemoryBudgetError",
     "ModelConfig",
+    "NumericsError",
     "Pipeline",
     "Plan",
     "Request",

@@ -13,5 +13,9 @@ class MemoryBudgetError(MemoryError):
     """What was asked for does not fit: the message gives the numbers and what would fit."""
 
 
+class NumericsError(ArithmeticError):
+    """A computation left the finite numbers: the message names the step and what may mend it."""
+
+
 class MediaError(OSError):
     """A picture or video cannot be read or written: the message names the file and what would work."""

@@ -7,6 +7,7 @@ What could be decided without a tensor was decided in the plan; where weights ar
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import TypeVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from wanfast.dit.condition import image_condition, keep_first_frame
 from wanfast.dit.model import predict_velocities
-from wanfast.errors import RequestError
+from wanfast.errors import NumericsError, RequestError
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
@@ -92,15 +93,29 @@ def generate_latents(
     Raises:
         RequestError: the noise or the context has the wrong shape.
         CheckpointError: a tensor is not finite or cannot be read; the message names file and tensor.
+        NumericsError: the latents of a step are not finite.
     """
     progress = on_progress or _no_progress
-    noise = draw_noise(plan) if inputs.latents is None else _checked_latents(plan, inputs.latents)
-    if inputs.context is None:
-        contexts = encode_prompts(model, plan, progress)
-    else:
-        contexts = _checked_context(model, inputs.context)
-    picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
-    return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress, inputs.loras)[0]
+    with _own_arithmetic(model):
+        noise = draw_noise(plan) if inputs.latents is None else _checked_latents(plan, inputs.latents)
+        if inputs.context is None:
+            contexts = encode_prompts(model, plan, progress)
+        else:
+            contexts = _checked_context(model, inputs.context)
+        picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
+        return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress, inputs.loras)[0]
+
+
+@contextmanager
+def _own_arithmetic(model: LoadedModel) -> Iterator[None]:
+    """Keep the caller's settings of torch out of the numbers: dtypes are those of the precision, nothing else's."""
+    if torch.get_default_dtype() != torch.float32:
+        raise RequestError(
+            f"torch's default dtype: must be torch.float32, got {torch.get_default_dtype()};"
+            " call torch.set_default_dtype(torch.float32)"
+        )
+    with torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 def encode_prompts(model: LoadedModel, plan: Plan, progress: OnProgress) -> list[Tensor]:
@@ -144,7 +159,7 @@ def encode_image(model: LoadedModel, plan: Plan, image: Image.Image, progress: O
 def draw_noise(plan: Plan) -> Tensor:
     """Draw the initial latents [1, C, F, H, W], fp32, on the CPU: one seed, one noise, anywhere (docs/adr/0003)."""
     generator = torch.Generator().manual_seed(plan.seed)
-    return torch.randn(plan.latent_shape, generator=generator)[None]
+    return torch.randn(plan.latent_shape, generator=generator, dtype=torch.float32)[None]
 
 
 def denoise(
@@ -167,10 +182,21 @@ def denoise(
         velocity = guided_velocity(model, plan, step, latents, contexts, picture, loras)
         latents, history = solver(latents, velocity, step, history)
         latents = keep_first_frame(latents, first_frame)
+        _refuse_non_finite(latents, step, plan)
         if on_step is not None:
             on_step(step, latents[0].clone())
     progress("steps", len(plan.steps), len(plan.steps))
     return latents
+
+
+def _refuse_non_finite(latents: Tensor, step: Step, plan: Plan) -> None:
+    """Stop at the step that went wrong: everything after it would be computed for nothing."""
+    if bool(torch.isfinite(latents).all()):
+        return
+    remedy = "try precision fp32" if plan.precision == "exact" else "the expert's weights may be damaged"
+    raise NumericsError(
+        f"step {step.index + 1} of {step.num_steps} ({step.expert}): latents are not finite any more; {remedy}"
+    )
 
 
 def guided_velocity(
@@ -208,8 +234,11 @@ def decode_frames(
     progress = on_progress or _no_progress
     progress("decode", 0, plan.num_frames)
     done = 0
-    for chunk in decode(model.vae_decoder(), latents[None].to(model.device)):
-        frames = to_uint8(chunk)
+    with _own_arithmetic(model):
+        chunks = decode(model.vae_decoder(), latents[None].to(model.device))
+    while done < plan.num_frames:
+        with _own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
+            frames = to_uint8(next(chunks))
         done += len(frames)
         yield frames
         progress("decode", done, plan.num_frames)
@@ -227,7 +256,13 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     pass
 
 
+def _refuse_other_types(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise RequestError(f"{name}: must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one")
+
+
 def _checked_latents(plan: Plan, latents: Tensor) -> Tensor:
+    _refuse_other_types("latents", latents)
     if tuple(latents.shape) != plan.latent_shape or not latents.is_floating_point():
         raise RequestError(
             f"latents: must be floats of shape {list(plan.latent_shape)} for this plan,"
@@ -239,6 +274,7 @@ def _checked_latents(plan: Plan, latents: Tensor) -> Tensor:
 
 
 def _checked_context(model: LoadedModel, context: Tensor) -> list[Tensor]:
+    _refuse_other_types("context", context)
     dit = model.config.dit
     is_right = context.ndim == 3 and len(context) == 2 and 1 <= context.shape[1] <= dit.text_len
     if not is_right or context.shape[2] != dit.text_dim or not context.is_floating_point():

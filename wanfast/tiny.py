@@ -5,8 +5,10 @@ the code the 14B models run through. Its weights are random with a fixed seed: i
 Wan can do.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -21,10 +23,12 @@ from torch import Tensor
 
 from wanfast.config import T2V_A14B, VAE_2_1, DiTConfig, TextConfig, VAEConfig
 from wanfast.dit.weights import expected_tensors as dit_tensors
+from wanfast.errors import CheckpointError
 from wanfast.text.weights import expected_tensors as text_tensors
 from wanfast.vae.weights import expected_tensors as vae_tensors
 
 NAME = "wan-tiny"
+_SIZES = "sizes.json"  # bytes of every file, so that a damaged copy is noticed and made anew
 _REVISION = 1  # part of the folder's name: a change of anything below is a new revision
 
 _TEXT = TextConfig(
@@ -71,34 +75,59 @@ def default_folder() -> Path:
 
 
 def ensure_tiny(folder: Path | None = None) -> Path:
-    """Write wan-tiny unless it is there, and return its folder.
+    """Write wan-tiny unless it is there and whole, and return its folder.
 
     Args:
-        folder: where it shall stand; None is `default_folder()`, or a temporary folder where that cannot be written.
+        folder: where it shall stand; None is `default_folder()`, or where that cannot be written a temporary folder,
+            which goes when the process ends.
 
     Returns:
         A folder in the official layout. It appears under its name only when it is complete.
+
+    Raises:
+        CheckpointError: something else stands there.
     """
     target = folder or default_folder()
-    if target.is_dir():
+    if _is_whole(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        return _build(target)
     except OSError:
         if folder is not None:
             raise
-        building = Path(tempfile.mkdtemp(prefix="wanfast-"))
-        target = building / target.name
-        building = building / f".{target.name}"
-        building.mkdir()
-    write_tiny(building)
+        temporary = Path(tempfile.mkdtemp(prefix="wanfast-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return _build(temporary / target.name)
+
+
+def _build(target: Path) -> Path:
+    if target.is_dir() and any(target.iterdir()) and not (target / _SIZES).is_file():
+        raise CheckpointError(f"{target}: is not {NAME}, which is kept there; move it away")
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
+        write_tiny(building)
+        (building / _SIZES).write_text(json.dumps(_sizes(building)))
+        shutil.rmtree(target, ignore_errors=True)  # a damaged copy of what was just written
         building.rename(target)
-    except OSError:  # another process finished first: its copy is the same to the byte
-        if not target.is_dir():
+    except OSError:  # another process may have finished first: its copy is the same to the byte
+        if not _is_whole(target):
             raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / _SIZES).read_text()) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != _SIZES]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def write_tiny(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,13 +17,15 @@ from reference.text import umt5_encoder
 from torch import Tensor
 
 from wanfast import linear
-from wanfast.checkpoint.bind import check_names
+from wanfast.checkpoint.bind import check_names, read_linear
+from wanfast.checkpoint.files import TensorRef
 from wanfast.checkpoint.names import text_from_llama_cpp, text_to_llama_cpp, text_to_transformers
 from wanfast.checkpoint.reader import Reader, memory_reader, open_file
 from wanfast.config import I2V_A14B, T2V_A14B, UMT5_XXL, DiTConfig, TextConfig
 from wanfast.dit import weights as dit_weights
 from wanfast.dit.model import predict_velocities
 from wanfast.errors import CheckpointError
+from wanfast.kernels.gguf_blocks import FORMATS
 from wanfast.stored import GGUFWeight
 from wanfast.text import weights as text_weights
 from wanfast.text.umt5 import encode_text
@@ -254,3 +257,16 @@ def test_an_unreadable_file_is_refused_by_name(tmp_path):
     (tmp_path / "lfs.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match=r"lfs\.gguf: is a Git LFS pointer"):
         open_file(Path(tmp_path / "lfs.gguf"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MATRIX_KINDS if kind.startswith("Q")])
+def test_a_scale_that_is_not_finite_is_refused_by_name(kind, dit, tmp_path):
+    write_gguf(tmp_path / "wan.gguf", {"a.weight": dit["blocks.0.ffn.0.weight"]}, lambda name, tensor: kind)
+    weight = open_file(tmp_path / "wan.gguf").load("a.weight")
+    for place in FORMATS[kind].scales_at:
+        blocks = weight.blocks.clone()
+        blocks[3, place : place + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # NaN in fp16
+        damaged = replace(weight, blocks=blocks)
+        ref = TensorRef(tmp_path / "wan.gguf", "a.weight", tuple(weight.shape), weight.dtype, lambda w=damaged: w)
+        with pytest.raises(CheckpointError, match=r"wan\.gguf.*a\.weight"):
+            read_linear(Reader({"a.weight": ref}, ref.file), "a", *weight.shape, bias=False, dtype=torch.bfloat16)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wanfast.checkpoint.reader import Reader
 from wanfast.errors import CheckpointError
+from wanfast.kernels import gguf_scales
 from wanfast.linear import Linear, expand
 from wanfast.stored import ScaledWeight, Weight
 
@@ -54,6 +55,8 @@ def read_linear(
         weight = replace(stored, dtype=dtype)  # stays as small as it is stored
         if isinstance(weight, ScaledWeight):
             _check_finite(reader, f"{prefix}.weight", weight.scale, dtype)
+        else:
+            _check_finite(reader, f"{prefix}.weight", gguf_scales(weight.blocks, weight.kind), torch.float32)
     return Linear(weight, read_tensor(reader, f"{prefix}.bias", (out_features,), dtype=dtype) if bias else None)
 
 

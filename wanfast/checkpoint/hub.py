@@ -65,7 +65,9 @@ def download(repository: str) -> Path:
             raise CheckpointError(f"{repository}: {told}; free some space, or set HF_HOME to another disk")
         _LOG.warning("downloading %s: %s", repository, told)
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_NEEDED, ignore_patterns=_NOT_NEEDED))
-    except (errors.HfHubHTTPError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # the HTTP client under huggingface_hub has changed before, and its errors with it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{repository}: cannot be downloaded ({reason}); check the name and the connection"

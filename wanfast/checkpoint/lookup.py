@@ -4,6 +4,7 @@ What is found by a name or a place, and not said by the user, is noted in the ch
 """
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,12 @@ class Sources:
     vae: str | Path | None = None
     text_encoder: str | Path | None = None
     tokenizer: str | Path | None = None  # tokenizer.json or spiece.model, or a folder that holds one
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str | os.PathLike)):
+                raise RequestError(f"{name}: must be a path or a name, got {value!r}; for example 'Wan2.2-T2V-A14B'")
 
     @property
     def parts(self) -> dict[str, str]:

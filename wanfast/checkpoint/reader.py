@@ -205,6 +205,8 @@ def open_pickle(path: str | Path) -> Reader:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "Cannot allocate memory" in reason:
             raise CheckpointError(f"{path}: larger than this machine's memory and swap; add swap space") from None
+        if "weights_only" in reason or "Weights only" in reason:
+            reason = "it holds more than tensors"  # torch would advise to run what it holds
         raise CheckpointError(
             f"{path}: not a zip pickle of plain tensors, or damaged ({reason}); download it again"
         ) from None
