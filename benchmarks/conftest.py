@@ -17,6 +17,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     import transformers
     import triton
 
+    machine_info.pop("node", None)
     machine_info |= {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

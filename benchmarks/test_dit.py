@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from safetensors.torch import load_file
 from side_by_side import compare, compare_memory, print_peak
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHANNELS, TEXT_DIM, TEXT_LEN, TIMESTEP = 16, 4096, 512, 611
 GRID = (4, 64, 64)  # latent frames, rows, columns: 4,096 tokens
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROUNDS = 5
 
 Forward = Callable[[], Tensor]
@@ -31,12 +29,12 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _wanfast(folder: Path, dtype: torch.dtype) -> Forward:
     from wanfast.checkpoint.names import dit_from_diffusers
-    from wanfast.checkpoint.reader import memory_reader
+    from wanfast.checkpoint.reader import open_folder
     from wanfast.dit.model import predict_velocities
     from wanfast.dit.weights import dit_config, load_block, load_outer
 
-    state = load_file(folder / WEIGHTS)
-    reader = memory_reader({official: state[name] for name, official in dit_from_diffusers(state).items()})
+    stored = open_folder(folder)
+    reader = stored.renamed(dit_from_diffusers(stored.names()))
     config = dit_config(reader)
     outer = load_outer(reader, config, dtype)
     blocks = [load_block(reader, config, index, dtype) for index in range(config.num_layers)]
@@ -47,11 +45,7 @@ def _wanfast(folder: Path, dtype: torch.dtype) -> Forward:
 def _diffusers(folder: Path, dtype: torch.dtype) -> Forward:
     from diffusers import WanTransformer3DModel
 
-    model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder)).eval()
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    for name, parameter in model.named_parameters():  # as from_pretrained does where accelerate is installed
-        if not set(name.split(".")) & set(model._keep_in_fp32_modules):
-            parameter.data = parameter.data.to(dtype)
+    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).eval()
     latents, context = _inputs(dtype)
     timestep = torch.tensor([TIMESTEP])
     return lambda: model(latents.to(dtype), timestep, context).sample.float()
@@ -60,8 +54,9 @@ def _diffusers(folder: Path, dtype: torch.dtype) -> Forward:
 ENGINES = {"wanfast": _wanfast, "diffusers": _diffusers}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=DTYPES)
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """One DiT on disk in the dtype it computes in."""
     from reference.dit import diffusers_dit
 
     from wanfast.config import DiTConfig
@@ -80,19 +75,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eps=1e-6,
     )
     path = tmp_path_factory.mktemp("dit")
-    diffusers_dit(config).save_pretrained(path)
-    return path
+    diffusers_dit(config).to(DTYPES[request.param]).save_pretrained(path)
+    return request.param, path
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
-def test_dit_forward(benchmark: BenchmarkFixture, folder: Path, dtype: str) -> None:
+def test_dit_forward(benchmark: BenchmarkFixture, stored: tuple[str, Path]) -> None:
     from tolerance import assert_close
 
+    dtype, folder = stored
     ours, theirs = (build(folder, DTYPES[dtype]) for build in ENGINES.values())
-    truth = ours() if dtype == "fp32" else _wanfast(folder, torch.float32)()
-    assert_close(got=ours(), want=theirs() if dtype == "fp32" else truth, op=f"dit_{dtype}")
-
+    truth = theirs() if dtype == "fp32" else _wanfast(folder, torch.float32)()
+    assert_close(got=ours(), want=truth, op=f"dit_{dtype}")
     benchmark.extra_info["threads"] = torch.get_num_threads()
     compare(benchmark, ours, theirs, peer="diffusers", rounds=ROUNDS)
     compare_memory(benchmark, __file__, dtype, str(folder), peer="diffusers")

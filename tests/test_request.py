@@ -298,10 +298,17 @@ def test_another_solver_is_refused(value):
     assert message == f"solver: must be one of unipc, dpmpp, euler, got {value!r}; Wan's own is unipc"
 
 
-@pytest.mark.parametrize("value", ["", " ", "\n\t"])
+@pytest.mark.parametrize(
+    "value", ["", " ", "\n\t", "&nbsp;", "&amp;nbsp;", "\u200b\u2060\ufeff", "\u3000&#x200b;\u2028"]
+)
 def test_an_empty_prompt_is_refused_where_no_image_speaks_for_it(value):
     assert refusal(resolve_prompts, Request(value)).startswith("prompt: must not be empty without an image, got ")
     assert resolve_prompts(Request(value, image_size=(64, 64)))[0] == value
+
+
+@pytest.mark.parametrize("value", ["&", "&lt;", ".", "é", "红", "\u200ba"])
+def test_a_prompt_that_shows_anything_is_taken_as_it_is(value):
+    assert resolve_prompts(Request(value))[0] == value
 
 
 def test_no_prompt_at_all_is_the_caller_s_business():

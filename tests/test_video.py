@@ -181,6 +181,29 @@ def test_a_video_saves_itself(tmp_path: Path) -> None:
     assert probe_video(path)["fps"] == 24
 
 
+def test_saving_over_a_file_replaces_it_when_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"precious")
+    odd = Video(frames=torch.zeros(1, 15, 16, 3, dtype=torch.uint8), fps=24, settings={})
+    with pytest.raises(RequestError, match="height"):
+        odd.save(path)
+    assert path.read_bytes() == b"precious"
+    with open(path, "rb") as older:  # a player that has the old one open keeps it whole
+        assert Video(frames=smooth(), fps=24, settings=SETTINGS).save("~/clip.mp4") == path
+        assert older.read() == b"precious"
+    assert read_settings(path) == SETTINGS
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("path", [None, 5, b"clip.mp4"])
+def test_saving_needs_a_name(path: Any) -> None:
+    with pytest.raises(ValueError, match=r"^path: must be a file name, got "):
+        Video(frames=smooth(1), fps=24, settings={}).save(path)
+
+
 BAD_COMMENTS = [
     "",
     "made with love",

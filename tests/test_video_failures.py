@@ -121,6 +121,13 @@ def test_another_suffix_is_refused_with_one_that_works(tmp_path: Path, name: str
         write_video(name, never(), fps=16, settings={})
 
 
+@pytest.mark.parametrize("name", ["a\0b.mp4", "a\ud800.mp4"])
+def test_a_name_no_file_can_have_is_refused(name: str) -> None:
+    for refuse in (check_writable, lambda path: write_video(path, never(), fps=16, settings={})):
+        with pytest.raises(RequestError, match="output: must be a name a file can have"):
+            refuse(name)
+
+
 @pytest.mark.parametrize("settings", [{"x": object()}, {"x": float("nan")}, {(1, 2): 3}, {"x": "y" * 2**20}])
 def test_settings_that_cannot_be_embedded_are_refused_before_the_first_chunk(
     tmp_path: Path, settings: dict[Any, Any]

@@ -1,17 +1,27 @@
 """The command line's door: `wanfast generate | plan | inspect | rerun`.
 
-The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 130 cancelled.
+The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 130 cancelled (Ctrl-C),
+143 terminated (SIGTERM).
 """
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, unwinding as Ctrl-C does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: arguments after the program's name; None takes the process's own.
+        argv: arguments after the program's name; None takes the process's own, as a program does, and SIGTERM then
+            cleans up as Ctrl-C does.
 
     Returns:
         The exit code.
@@ -20,12 +30,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = parse_arguments(argv)  # before torch is imported: help and mistakes answer at once
     try:
+        if argv is None:
+            _unwind_on_sigterm()
         from wanfast.commands import run
 
         return run(arguments)
+    except _Terminated:
+        print("wanfast: terminated; nothing was written", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("wanfast: cancelled; nothing was written", file=sys.stderr)
         return 130
+
+
+def _unwind_on_sigterm() -> None:
+    """Turn the first SIGTERM into an exception; a second one ends the process at once."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if is_ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _raise_terminated)
+
+
+def _raise_terminated(signal_number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal_number, signal.SIG_DFL)
+    raise _Terminated
 
 
 if __name__ == "__main__":

@@ -8,13 +8,30 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from wanfast.config import MODELS
+from wanfast.version import __version__
 
 # Flags of the reference's generate.py without a meaning here: accepted, so that a side-by-side run is a one-word edit.
 _NOT_NEEDED = {
     "--offload-model": "weights are placed by the memory that is free",
     "--convert-model-dtype": "--precision decides",
     "--t5-cpu": "the text encoder is streamed block by block",
+    "--ulysses-size": "one GPU is used",
 }
+# Flags of the reference that ask for what is not done here: refused, as ignoring them would give another video or run.
+_ONE_GPU, _PROMPT_AS_IS = "a model runs on one GPU", "prompts are taken as they are"
+_NOT_SUPPORTED = {
+    "--t5-fsdp": _ONE_GPU,
+    "--dit-fsdp": _ONE_GPU,
+    "--use-prompt-extend": _PROMPT_AS_IS,
+    "--prompt-extend-method": _PROMPT_AS_IS,
+    "--prompt-extend-model": _PROMPT_AS_IS,
+    "--prompt-extend-target-lang": _PROMPT_AS_IS,
+}
+# Arguments where "" would be taken for "not given".
+_NEVER_EMPTY = (
+    *("model", "high", "low", "vae", "text_encoder", "tokenizer", "task", "image", "size", "device", "vram", "preset"),
+    *("output", "clip", "path"),
+)
 _SOLVERS = {"unipc": "unipc", "dpm++": "dpmpp", "dpmpp": "dpmpp", "euler": "euler"}
 _REQUEST_ARGUMENTS = (
     "prompt",
@@ -46,9 +63,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.error(f"{words[0]}: no such argument" + (f", did you mean {near[0]}?" if near else ""))
 
 
+class _NotSupported(argparse.Action):
+    """Refuse the flag wherever it stands, with `const` as the reason."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        parser.error(f"{self.option_strings[0]}: is not supported, as {self.const}; leave it out")
+
+
 def build_parser() -> OneLineParser:
     """Build the parser of `wanfast` with all its commands."""
     parser = OneLineParser(prog="wanfast", description="Make videos with Wan 2.2.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"wanfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser, metavar="COMMAND")
     generate = commands.add_parser("generate", help="make a video from a prompt or a picture", allow_abbrev=False)
     add_generate_arguments(generate)
@@ -64,6 +89,7 @@ def build_parser() -> OneLineParser:
     )
     rerun.add_argument("--image", metavar="FILE", help="use this picture instead of the recorded one")
     rerun.add_argument("--lora", action="append", default=[], metavar="FILE", help="where a recorded LoRA is by now")
+    _add_device_arguments(rerun)
     _add_output_arguments(rerun)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -91,11 +117,20 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampling_arguments(parser)
     add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="LoRA file, strength, expert (high, low)")
     add("--precision", choices=("auto", "fp32", "exact"), default="auto", help="exact: bf16 where the reference has it")
+    _add_device_arguments(parser)
+    _add_output_arguments(parser, save_alias=True)
+    add("--offload-model", type=_true_or_false, help=argparse.SUPPRESS)
+    add("--convert-model-dtype", action="store_true", default=None, help=argparse.SUPPRESS)
+    add("--t5-cpu", action="store_true", default=None, help=argparse.SUPPRESS)
+    add("--ulysses-size", type=_one, help=argparse.SUPPRESS)
+    for flag, reason in _NOT_SUPPORTED.items():
+        add(flag, action=_NotSupported, nargs="?", const=reason, help=argparse.SUPPRESS)
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     add("--vram", metavar="SIZE", help="device memory weights may keep, such as 24GB; default: what is free")
-    _add_output_arguments(parser, save_alias=True)
-    for flag in _NOT_NEEDED:
-        add(flag, nargs="?", const="True", default=None, help=argparse.SUPPRESS)
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +172,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser: OneLineParser = arguments.parser
     if unknown:
         parser.refuse_unknown(unknown)
+    for name in _NEVER_EMPTY:
+        if getattr(arguments, name, None) == "":
+            parser.error(f"{name}: must not be empty; leave it out or give a value")
     if arguments.command in ("generate", "plan"):
         _settle_generate(parser, arguments)
     return arguments
@@ -170,6 +208,18 @@ def _task(text: str) -> str:
     if text.lower() not in names:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(MODELS)}, got {text}")
     return names[text.lower()]
+
+
+def _true_or_false(text: str) -> str:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
+    return text
+
+
+def _one(text: str) -> str:
+    if text != "1":
+        raise argparse.ArgumentTypeError(f"must be 1, as {_ONE_GPU}, got {text!r}; more are not supported")
+    return text
 
 
 def request_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

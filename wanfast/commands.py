@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from PIL import Image
 
 from wanfast.arguments import request_arguments
 from wanfast.checkpoint.inspect import describe, format_description
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import MODELS, ModelConfig
-from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, RequestError
+from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 from wanfast.generation import Inputs, generate_frames
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
@@ -29,6 +31,7 @@ from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
 from wanfast.presets import apply_preset
 from wanfast.progress import Progress
 from wanfast.request import Request, parse_size
+from wanfast.residency import parse_bytes
 from wanfast.settings import RecordedLora, image_digest, read_recorded, settings_of
 from wanfast.version import __version__
 from wanfast.video import check_writable, probe_video, read_settings, write_video
@@ -40,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with _warnings_on_stderr():
             commands[arguments.command](arguments)
-    except (RequestError, CheckpointError, MediaError, MemoryBudgetError) as error:
-        print(f"wanfast {arguments.command}: {error}", file=sys.stderr)
+    except (RequestError, CheckpointError, MediaError, MemoryBudgetError, NumericsError) as error:
+        print(f"wanfast {arguments.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
     return 0
 
@@ -59,10 +62,12 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments)
+    _check_output(arguments)
     image = load_image(arguments.image) if arguments.image else None
     specs = [parse_lora(text) for text in arguments.lora]  # before a model is looked for, which may take a download
     sources = _sources(arguments)
+    if arguments.task is not None and sources == Sources():
+        raise RequestError(f"model: must be given with --task, got none; add --model {arguments.task.lower()}")
     model = open_loaded(sources, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
     plan = plan_for(model, _request(arguments, model.config, image))
     loras = open_loras(specs, model.config)
@@ -71,7 +76,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     settings = settings_of(
         plan,
         version=__version__,
-        model_path=None if sources == Sources() else model.model.found_at,
+        model_path=model.model.found_at,
         model_files=model.model.files,
         image=image,
         image_path=_absolute(arguments.image),
@@ -81,15 +86,16 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    _check_output(arguments)
     image = load_image(arguments.image) if arguments.image else None
     row = None if _sources(arguments).parts else _row_by_name(arguments.model or arguments.task)
     if row is not None:
         precision: Precision = "fp32" if arguments.precision == "fp32" else "exact"
         request = _request(arguments, row, image)
-        parameters = vae_parameters(row.vae)
-        plan = make_plan(
-            row, request, precision=precision, device=arguments.device or "cuda", vae_parameters=parameters
-        )
+        if arguments.vram is not None:
+            parse_bytes("vram", arguments.vram)
+        device = _device_to_plan_for(arguments.device or "cuda")
+        plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
         loras = open_loras(arguments.lora, row)
     else:
         model = open_loaded(
@@ -101,6 +107,17 @@ def _plan(arguments: argparse.Namespace) -> None:
         warn_of_preset(model, plan, loras)
     _note(arguments, *map(describe_lora, loras))
     print(json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=2) if arguments.json else format_plan(plan))
+
+
+def _device_to_plan_for(name: str) -> str:
+    """Check a device's name; the plan may be for another machine, so it need not be here."""
+    try:
+        is_known = torch.device(name).type in ("cpu", "cuda")
+    except RuntimeError:
+        is_known = False
+    if not is_known:
+        raise RequestError(f"device: must be cpu, cuda or cuda:N, got {name!r}")
+    return name
 
 
 def _row_by_name(name: str | None) -> ModelConfig | None:
@@ -126,7 +143,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _rerun(arguments: argparse.Namespace) -> None:
     recorded = read_recorded(read_settings(arguments.clip), arguments.clip)
     arguments.output = arguments.output or str(Path(arguments.clip).with_suffix("")) + "-rerun.mp4"
-    _refuse_existing(arguments)
+    _check_output(arguments)
     image, image_path = None, arguments.image or recorded.image_path
     if recorded.image_sha256 is not None:
         if image_path is None:
@@ -134,12 +151,12 @@ def _rerun(arguments: argparse.Namespace) -> None:
                 "image: must be given, as the clip was made from a picture without a file; add --image FILE"
             )
         image = load_image(image_path)
-        if image_digest(image) != recorded.image_sha256:
+        if image_digest(image) != recorded.image_sha256 or image.size != recorded.request.image_size:
             raise RequestError(f"image: must be the picture the clip was made from, got {image_path}, which differs")
     sources = Sources(model=recorded.model_path, **recorded.model_files)
     if arguments.model is not None:
         sources = Sources(model=arguments.model)
-    model = open_loaded(sources, precision=recorded.precision, vram=None, device=None)
+    model = open_loaded(sources, precision=recorded.precision, vram=arguments.vram, device=arguments.device)
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     plan = plan_for(model, recorded.request)
@@ -147,7 +164,7 @@ def _rerun(arguments: argparse.Namespace) -> None:
     settings = settings_of(
         plan,
         version=__version__,
-        model_path=None if sources == Sources() else model.model.found_at,
+        model_path=model.model.found_at,
         model_files=model.model.files,
         image=image,
         image_path=_absolute(image_path) if image is not None else None,
@@ -212,8 +229,13 @@ def _sources(arguments: argparse.Namespace) -> Sources:
     return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
 
 
-def _refuse_existing(arguments: argparse.Namespace) -> None:
-    if arguments.output and Path(arguments.output).exists() and not arguments.overwrite:
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Refuse an output that could not be written, or that is there, before anything is loaded."""
+    if arguments.output is None:
+        return
+    arguments.output = os.path.expanduser(arguments.output)
+    check_writable(arguments.output)
+    if Path(arguments.output).exists() and not arguments.overwrite:
         raise RequestError(
             f"output: must not exist yet, got {arguments.output}; choose another name or add --overwrite"
         )
@@ -228,15 +250,16 @@ def _default_name(plan: Plan) -> str:
 
 
 def _headline(plan: Plan) -> str:
+    frames = "1 frame" if plan.num_frames == 1 else f"{plan.num_frames} frames"
     experts = " + ".join(f"{count} {name}" for name, count in plan.steps_per_expert.items())
     return (
-        f"{plan.model}: {plan.width}x{plan.height}, {plan.num_frames} frames, {experts} steps, seed {plan.seed},"
+        f"{plan.model}: {plan.width}x{plan.height}, {frames}, {experts} steps, seed {plan.seed},"
         f" {plan.precision} on {plan.device}"
     )
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+    return None if path is None else str(Path(path).absolute())
 
 
 def _note(arguments: argparse.Namespace, *lines: str) -> None:
@@ -246,7 +269,8 @@ def _note(arguments: argparse.Namespace, *lines: str) -> None:
 
 
 def _format_clip(clip: dict[str, Any]) -> str:
+    width = max(map(len, clip)) + 2
     return "\n".join(
-        f"{key:<14}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
+        f"{key:<{width}}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
         for key, value in clip.items()
     )

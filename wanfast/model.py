@@ -31,7 +31,7 @@ class Model:
     vae: Reader
     text: Reader
     tokenizer: Tokenizer
-    found_at: str | None  # what `Sources.model` led to, an absolute path; None where only files were named
+    found_at: str | None  # what `Sources.model` led to, an absolute path; None for files alone and wan-tiny
     files: Mapping[str, str]  # the parts that were named one by one: absolute paths by names of `Sources`
     notes: tuple[str, ...] = ()  # what was decided by names and places of files
 

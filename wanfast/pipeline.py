@@ -1,7 +1,9 @@
 """The door: `load` opens a model, `Pipeline.generate` makes a video with it."""
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +75,10 @@ def open_loaded(
     place = _device(device)
     budget = None if vram is None else parse_bytes("vram", vram)
     is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
-    opened = open_model(ensure_tiny() if sources == Sources() else sources)
+    is_built_in = sources == Sources()
+    opened = open_model(ensure_tiny() if is_built_in else sources)
+    if is_built_in:  # every machine has its own: a clip must not name this one's folder
+        opened = replace(opened, found_at=None)
     return LoadedModel(opened, precision="fp32" if is_fp32 else "exact", device=place, vram=budget)
 
 
@@ -233,7 +238,7 @@ class Pipeline:
         if output == "latents":
             return generate_latents(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress)
         chunks = list(generate_frames(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress))
-        image_path = str(image) if isinstance(image, str | Path) else None
+        image_path = str(Path(image).absolute()) if isinstance(image, str | os.PathLike) else None
         return Video(torch.cat(chunks), plan.fps, self._settings(plan, inputs, image_path))
 
     def _settings(self, plan: Plan, inputs: Inputs, image_path: str | None) -> dict[str, Any]:

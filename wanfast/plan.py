@@ -269,7 +269,7 @@ def format_plan(plan: Plan) -> str:
         ("prompt", plan.prompt or "(none)"),
         ("negative prompt", "Wan's own" if is_default else plan.negative_prompt),
         *_image_rows(plan),
-        ("video", f"{plan.width}x{plan.height}, {plan.num_frames} frames at {plan.fps} per second ({_seconds(plan)})"),
+        ("video", f"{plan.width}x{plan.height}, {_frames(plan)} at {plan.fps} per second ({_seconds(plan)})"),
         ("latents", f"{channels} channels, {_times(latent)}"),
         ("tokens", f"{_times(plan.token_grid)} = {plan.num_tokens:,}"),
         ("seed", str(plan.seed)),
@@ -345,6 +345,10 @@ def _work(plan: Plan) -> str:
         for flops in (plan.flops_per_forward, plan.flops_per_forward * plan.num_forwards)
     )
     return f"{each} TFLOP per DiT evaluation, {total} in all; computed"
+
+
+def _frames(plan: Plan) -> str:
+    return "1 frame" if plan.num_frames == 1 else f"{plan.num_frames} frames"
 
 
 def _seconds(plan: Plan) -> str:

@@ -7,9 +7,11 @@ Sizes with an image follow the reference to the last rounding, in its own order 
 less is another video. Source: Wan-Video/Wan2.2, wan/image2video.py and wan/textimage2video.py.
 """
 
+import html
 import math
 import re
 import secrets
+import unicodedata
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, cast, get_args
@@ -28,6 +30,7 @@ _MAX_FPS = 240
 _NEW_SEEDS = 2**32  # short enough to read out, and whole in any JSON reader
 _NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 _SOLVER_ALIASES = {"dpm++": "dpmpp"}
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # categories of spaces, line ends, controls and zero-width characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +91,23 @@ def resolve_prompts(request: Request) -> tuple[str, str]:
     """Settle prompt and negative prompt; a prompt of None becomes "".
 
     Raises:
-        RequestError: one of them is not text, or the prompt is empty and no image says what to show.
+        RequestError: one of them is not text, or the prompt shows nothing (blanks, invisible characters, `&nbsp;`) and
+            no image says what to show.
     """
     prompt, negative_prompt = request.prompt, request.negative_prompt
     if prompt is not None and not isinstance(prompt, str):
         raise RequestError(f"prompt: must be text, got {prompt!r}; for several prompts, run once for each")
-    if prompt is not None and not prompt.strip() and request.image_size is None:
+    if prompt is not None and _is_blank(prompt) and request.image_size is None:
         raise RequestError(f"prompt: must not be empty without an image, got {prompt!r}; say what the video shows")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise RequestError(f"negative_prompt: must be text, got {negative_prompt!r}; leave it out for the model's own")
     return prompt or "", negative_prompt or DEFAULT_NEGATIVE_PROMPT
+
+
+def _is_blank(text: str) -> bool:
+    """Tell whether a text shows nothing, HTML entities resolved as a prompt's are."""
+    plain = html.unescape(html.unescape(text))
+    return all(unicodedata.category(character) in _INVISIBLE for character in plain)
 
 
 def resolve_mode(request: Request, config: ModelConfig) -> Mode:

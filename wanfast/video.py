@@ -50,8 +50,23 @@ class Video:
     settings: Mapping[str, Any]  # JSON values
 
     def save(self, path: PathLike) -> Path:
-        """Write an mp4 with the settings embedded; arguments and errors as in `write_video`."""
-        return write_video(path, (self.frames,), fps=self.fps, settings=self.settings)
+        """Write an mp4 with the settings embedded.
+
+        Args:
+            path: ends in .mp4; `~` is the home folder. An existing file is replaced, in one move once the new one is
+                complete; until then, and on any failure, it stays as it was.
+
+        Returns:
+            The path.
+
+        Raises:
+            RequestError: path is no file name, or as in `write_video`.
+            MediaError: as in `write_video`.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise RequestError(f"path: must be a file name, got {path!r}; clip.mp4 would work")
+        target = os.path.expanduser(os.fspath(path))
+        return write_video(target, (self.frames,), fps=self.fps, settings=self.settings)
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -81,7 +96,7 @@ def check_writable(path: PathLike) -> None:
     """Refuse now what `write_video` would refuse after minutes of computing; leaves nothing behind.
 
     Raises:
-        RequestError: the name does not end in .mp4.
+        RequestError: the name does not end in .mp4, or no file can have it.
         MediaError: the folder is missing or not writable, the disk is full, or the name is taken by what is no file.
     """
     part = _part_of(_target_of(path))
@@ -112,7 +127,7 @@ def write_video(path: PathLike, chunks: Iterable[Tensor | Pixels], *, fps: int, 
         The path.
 
     Raises:
-        RequestError: the name does not end in .mp4; height or width is odd.
+        RequestError: the name does not end in .mp4, or no file can have it; height or width is odd.
         MediaError: the file cannot be written, as in `check_writable`; the disk fills up.
         ValueError: fps < 1; settings that are not JSON; no frames, or a chunk of another shape or dtype.
             What can be known before the first chunk is refused before it is asked for.
@@ -140,6 +155,8 @@ def _target_of(path: PathLike) -> Path:
     """The file that `path` stands for, links followed, once it is known that a file can stand there."""
     if Path(path).suffix.lower() != ".mp4":
         raise RequestError(f"output: must end in .mp4, got {os.fspath(path)!r}; clip.mp4 would work")
+    if not _is_storable(path):
+        raise RequestError(f"output: must be a name a file can have, got {os.fspath(path)!r}; clip.mp4 would work")
     with _writing(path):
         target = Path(os.path.realpath(path))
         try:
@@ -153,6 +170,14 @@ def _target_of(path: PathLike) -> Path:
     if not stat.S_ISREG(mode):
         raise MediaError(f"{path}: is a device or a pipe; give the name of a file")
     return target
+
+
+def _is_storable(path: PathLike) -> bool:
+    """Tell whether the system can be asked for the name at all: no NUL, no character without an encoding."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _part_of(target: Path) -> Path:

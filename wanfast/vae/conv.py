@@ -177,6 +177,6 @@ def _next_history(x: Tensor, history: Tensor | None, *, keep: int) -> Tensor:
 @cache  # once in a process
 def _say_extension_is_missing() -> None:
     getLogger("wanfast").warning(
-        "wanfast: installed without its C++ extension, VAE convolutions on the CPU run on torch; "
+        "installed without its C++ extension, VAE convolutions on the CPU run on torch; "
         "for the faster path reinstall where a C++17 compiler is found"
     )

@@ -1,0 +1,54 @@
+"""Signals to the running program: it stops soon, says so in a line, and leaves nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from reference.families import make_family
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "wanfast", "generate", "a ball", "--steps", "900", "-o", "a.mp4"]
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".a.mp4*")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+            if (tmp_path / "cache").exists() and any((tmp_path / "cache" / "wanfast").glob("wan-tiny*")):
+                time.sleep(4)  # well into the steps
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "cancelled" in err
+    assert "Traceback" not in err
+    assert {p.name for p in tmp_path.iterdir()} == {"cache"}
+
+
+def test_sigterm_while_decoding_leaves_nothing(tmp_path: Path) -> None:
+    model = make_family("t2v", tmp_path / "source").write_official(tmp_path / "model")
+    working = tmp_path / "working"
+    working.mkdir()
+    line = [sys.executable, "-m", "wanfast", "generate", "a ball", "--model", str(model), "-o", "a.mp4"]
+    line += ["--size", "64x64", "--num-frames", "2001", "--steps", "1"]
+    process = subprocess.Popen(line, cwd=working, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline, seen = time.monotonic() + 60, 0
+        while seen < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+            seen = seen + 1 if list(working.glob(".a.mp4*")) else 0  # the probe of the place is gone at once
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert seen == 3
+    assert process.returncode == 143
+    assert "terminated" in err
+    assert "Traceback" not in err
+    assert list(working.iterdir()) == []
