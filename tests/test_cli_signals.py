@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from reference.families import make_family
+
+from wanfast.__main__ import _interrupts_held_back
 
 
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path: Path) -> None:
@@ -52,3 +55,15 @@ def test_sigterm_while_decoding_leaves_nothing(tmp_path: Path) -> None:
     assert "terminated" in err
     assert "Traceback" not in err
     assert list(working.iterdir()) == []
+
+
+def test_an_interrupt_during_the_imports_is_not_lost() -> None:
+    """Some import swallows it: what the body does with the signal must not matter."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), _interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of the imports")
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with _interrupts_held_back():
+        reached.append("no interrupt, no error")

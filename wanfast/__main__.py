@@ -7,7 +7,8 @@ The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 fail
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None:
             _unwind_on_sigterm()
-        from wanfast.commands import run
+        with _interrupts_held_back():
+            from wanfast.commands import run
 
         return run(arguments)
     except _Terminated:
@@ -41,6 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wanfast: cancelled; nothing was written", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Raise a Ctrl-C after the body instead of inside it: somewhere in the imports of torch it would be swallowed."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    seen: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _unwind_on_sigterm() -> None:
