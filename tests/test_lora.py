@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from diffusers import WanPipeline
 from PIL import Image
 from reference import loras
 from reference.families import NEGATIVE, PROMPT, Family, make_family, noise
@@ -243,7 +245,6 @@ def test_against_diffusers_with_peft(
     alpha: float | None,
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("peft")
     family = make_family("t2v", tmp_path / "family")
     path = loras.write_lora(tmp_path / "a.safetensors", factors, dialect=dialect, alpha=alpha)
     low = loras.write_lora(
@@ -302,9 +303,6 @@ def test_alpha_and_rank_stabilisation_as_stated_beside_the_factors(
 
 def test_peft_itself_agrees_on_rank_stabilisation(t2v: wanfast.Pipeline, tmp_path: Path) -> None:
     """A file that Diffusers writes, settings in its header, gives what the PEFT model it was written from gives."""
-    peft = pytest.importorskip("peft")
-    from diffusers import WanPipeline
-
     family = make_family("t2v", tmp_path / "family")
     model = family.transformers[0]
     settings = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q", "to_out.0", "net.2"])

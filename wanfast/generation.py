@@ -144,8 +144,9 @@ def encode_image(model: LoadedModel, plan: Plan, image: Image.Image, progress: O
     """
     progress("image", 0, 1)
     if plan.task == "i2v":
+        stride = model.config.vae.temporal_stride
         first = resize_bicubic(image_to_tensor(image), plan.width, plan.height)[None, :, None].to(model.device)
-        grey = first.new_zeros(1, 3, stride := model.config.vae.temporal_stride, plan.height, plan.width)
+        grey = first.new_zeros(1, 3, stride, plan.height, plan.width)
         chunks = chain([first], repeat(grey, (plan.num_frames - 1) // stride))
         picture = image_condition(encode_chunks(model.vae_encoder(), chunks), temporal_stride=stride)
     else:
