@@ -26,14 +26,13 @@ from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
 from wanfast.lora_summary import lora_summary
 from wanfast.model import vae_parameters
-from wanfast.pipeline import open_loaded, plan_for, record_loras, warn_of_preset
+from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
 from wanfast.presets import apply_preset
 from wanfast.progress import Progress
 from wanfast.request import Request, parse_size
 from wanfast.residency import parse_bytes
-from wanfast.settings import RecordedLora, image_digest, read_recorded, settings_of
-from wanfast.version import __version__
+from wanfast.settings import RecordedLora, image_digest, read_recorded
 from wanfast.video import check_writable, probe_video, read_settings, write_video
 
 
@@ -73,16 +72,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     loras = open_loras(specs, model.config)
     _note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
-    settings = settings_of(
-        plan,
-        version=__version__,
-        model_path=model.model.found_at,
-        model_files=model.model.files,
-        image=image,
-        image_path=_absolute(arguments.image),
-        loras=record_loras(loras),
-    )
-    _make(arguments, model, plan, Inputs(image=image, loras=loras), settings)
+    _make(arguments, model, plan, Inputs(image=image, loras=loras), _absolute(arguments.image))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -161,16 +151,7 @@ def _rerun(arguments: argparse.Namespace) -> None:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     plan = plan_for(model, recorded.request)
     loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config)
-    settings = settings_of(
-        plan,
-        version=__version__,
-        model_path=model.model.found_at,
-        model_files=model.model.files,
-        image=image,
-        image_path=_absolute(image_path) if image is not None else None,
-        loras=record_loras(loras),
-    )
-    _make(arguments, model, plan, Inputs(image=image, loras=loras), settings)
+    _make(arguments, model, plan, Inputs(image=image, loras=loras), None if image is None else _absolute(image_path))
 
 
 def _specs_again(recorded: Sequence[RecordedLora], given: Sequence[str]) -> list[LoraSpec]:
@@ -188,12 +169,13 @@ def _specs_again(recorded: Sequence[RecordedLora], given: Sequence[str]) -> list
 
 
 def _make(
-    arguments: argparse.Namespace, model: LoadedModel, plan: Plan, inputs: Inputs, settings: dict[str, Any]
+    arguments: argparse.Namespace, model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str | None
 ) -> None:
     """Generate, encode and write one video; say where it is."""
     path = Path(arguments.output or _default_name(plan))
     check_writable(path)
     _note(arguments, _headline(plan))
+    settings = settings_for(model, plan, inputs, image_path)
     started = time.perf_counter()
     with Progress(is_shown=not arguments.quiet) as progress:
         chunks = generate_frames(model, plan, inputs, on_progress=progress.update)

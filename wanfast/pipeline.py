@@ -93,18 +93,37 @@ def plan_for(model: LoadedModel, request: Request) -> Plan:
     )
 
 
-def record_loras(loras: Iterable[Lora]) -> list[RecordedLora]:
-    """Give what a clip's settings hold of its LoRAs; reads each file whole once, for its hash."""
-    return [
-        RecordedLora(
-            path=str(lora.spec.path),
-            sha256=file_digest(lora.spec.path),
-            strength=lora.spec.strength,
-            target=lora.spec.target,
-            is_rank_stabilised=lora.spec.is_rank_stabilised,
-        )
-        for lora in loras
-    ]
+def settings_for(model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str | None) -> dict[str, Any]:
+    """Gather what a clip says of itself; reads each LoRA file whole once, for its hash.
+
+    Args:
+        model: that makes the clip.
+        plan: of the clip.
+        inputs: it is made from.
+        image_path: absolute path of the picture, if it came from a file.
+
+    Returns:
+        As `settings_of`.
+    """
+    return settings_of(
+        plan,
+        version=__version__,
+        model_path=model.model.found_at,
+        model_files=model.model.files,
+        image=inputs.image,
+        image_path=image_path,
+        is_repeatable=inputs.latents is None and inputs.context is None,
+        loras=[
+            RecordedLora(
+                path=str(lora.spec.path),
+                sha256=file_digest(lora.spec.path),
+                strength=lora.spec.strength,
+                target=lora.spec.target,
+                is_rank_stabilised=lora.spec.is_rank_stabilised,
+            )
+            for lora in inputs.loras
+        ],
+    )
 
 
 def warn_of_preset(model: LoadedModel, plan: Plan, loras: Iterable[Lora]) -> None:
@@ -239,16 +258,4 @@ class Pipeline:
             return generate_latents(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress)
         chunks = list(generate_frames(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress))
         image_path = str(Path(image).absolute()) if isinstance(image, str | os.PathLike) else None
-        return Video(torch.cat(chunks), plan.fps, self._settings(plan, inputs, image_path))
-
-    def _settings(self, plan: Plan, inputs: Inputs, image_path: str | None) -> dict[str, Any]:
-        return settings_of(
-            plan,
-            version=__version__,
-            model_path=self.loaded.model.found_at,
-            model_files=self.loaded.model.files,
-            image=inputs.image,
-            image_path=image_path,
-            is_repeatable=inputs.latents is None and inputs.context is None,
-            loras=record_loras(inputs.loras),
-        )
+        return Video(torch.cat(chunks), plan.fps, settings_for(self.loaded, plan, inputs, image_path))
