@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,23 +90,44 @@ def refuse_pointer(path: Path) -> None:
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
-def map_file(path: Path, num_bytes: int) -> Tensor:
-    """Map the first bytes of a file as uint8, private and copy-on-write; nothing is read yet.
+class MappedFile:
+    """The bytes of a file, mapped while any view of them lives: nothing is read until a view is used.
 
-    Raises:
-        CheckpointError: the file has gone or has shrunk.
+    When the last view has gone, so has the mapping, and its pages no longer count as this process's memory.
     """
-    try:
-        with path.open("rb") as file:
-            if sys.platform == "linux":
-                # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than its memory and swap.
-                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                pages = mmap.mmap(file.fileno(), num_bytes, flags=flags, prot=protection)
-            else:
-                pages = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be mapped any more ({error}); was it replaced?") from None
-    return torch.frombuffer(pages, dtype=torch.uint8)
+
+    __slots__ = ("_length", "_pages", "_path")
+
+    def __init__(self, path: Path, length: int) -> None:
+        """Map nothing yet; `length` is the file's size in bytes."""
+        self._path = path
+        self._length = length
+        self._pages: weakref.ref[mmap.mmap] | None = None
+
+    def view(self, begin: int, end: int) -> Tensor:
+        """Give bytes [begin, end) as uint8 [end - begin], copy-on-write; views share one mapping.
+
+        Raises:
+            CheckpointError: the file has gone or has shrunk.
+        """
+        if begin == end:
+            return torch.empty(0, dtype=torch.uint8)
+        pages = None if self._pages is None else self._pages()
+        if pages is None:
+            pages = self._map()
+            self._pages = weakref.ref(pages)
+        return torch.frombuffer(pages, dtype=torch.uint8, offset=begin, count=end - begin)  # which keeps the pages
+
+    def _map(self) -> mmap.mmap:
+        try:
+            with self._path.open("rb") as file:
+                if sys.platform == "linux":
+                    # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than memory and swap.
+                    flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                    return mmap.mmap(file.fileno(), self._length, flags=flags, prot=protection)
+                return mmap.mmap(file.fileno(), self._length, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._path}: cannot be mapped any more ({error}); was it replaced?") from None
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

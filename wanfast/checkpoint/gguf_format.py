@@ -11,14 +11,14 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanfast.checkpoint.files import TensorRef, map_file, refuse_pointer, unreadable
+from wanfast.checkpoint.files import MappedFile, TensorRef, refuse_pointer, unreadable
 from wanfast.errors import CheckpointError
 from wanfast.kernels import dequantize_gguf
 from wanfast.kernels.gguf_blocks import FORMATS
@@ -84,7 +84,7 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
     _check_keys(path, keys)
     alignment = keys.get("general.alignment", 32)
     data_start = -(-header_bytes // alignment) * alignment
-    mapping = cache(partial(map_file, path, file_bytes))
+    mapping = MappedFile(path, file_bytes)
     refs: dict[str, TensorRef] = {}
     spans: list[tuple[int, int, str]] = []
     for entry in entries:
@@ -273,9 +273,9 @@ def _ref(path: Path, name: str, kind: str, shape: tuple[int, ...], data: Callabl
     return TensorRef(path, name, shape, dtype, partial(load, data, shape, kind), stored_as=kind, stored_bytes=num_bytes)
 
 
-def _slice(mapping: Callable[[], Tensor], begin: int, end: int) -> Tensor:
+def _slice(mapping: MappedFile, begin: int, end: int) -> Tensor:
     """Bytes of the file; copied where a file's own alignment is less than torch needs."""
-    data = mapping()[begin:end]
+    data = mapping.view(begin, end)
     return data.clone() if begin % 8 else data
 
 

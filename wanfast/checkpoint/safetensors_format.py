@@ -4,15 +4,14 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanfast.checkpoint.files import TensorRef, map_file, parse_object, refuse_pointer, unreadable
+from wanfast.checkpoint.files import MappedFile, TensorRef, parse_object, refuse_pointer, unreadable
 from wanfast.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -44,7 +43,7 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
     header, data_start, data_bytes = _read_header(path)
     header.pop("__metadata__", None)
 
-    mapping = cache(partial(map_file, path, data_start + data_bytes))
+    mapping = MappedFile(path, data_start + data_bytes)
     refs: dict[str, TensorRef] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -133,8 +132,8 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
         raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor; {_DAMAGED}")
 
 
-def _view(mapping: Callable[[], Tensor], begin: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    data = mapping()[begin:end]
+def _view(mapping: MappedFile, begin: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    data = mapping.view(begin, end)
     if begin % dtype.itemsize:  # the format does not promise alignment, torch needs it
         data = data.clone()
     return data.view(dtype).view(shape)
