@@ -17,7 +17,9 @@ from wanfast.request import Request
 from wanfast.settings import RecordedLora, image_digest, read_recorded, settings_of
 from wanfast.video import write_video
 
-LORA = RecordedLora(path="/a.safetensors", sha256="0" * 64, strength=0.5, target="both", is_rank_stabilised=False)
+LORA = RecordedLora(
+    path="/a.safetensors", sha256="0" * 64, strength=0.5, target="both", is_rank_stabilised=False, is_merged=True
+)
 
 
 def settings(config: ModelConfig = T2V_A14B, prompt: str | None = "a ball", **others: Any) -> dict[str, Any]:

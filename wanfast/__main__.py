@@ -1,4 +1,4 @@
-"""The command line's door: `wanfast generate | plan | inspect | rerun`.
+"""The command line's door: `wanfast generate | plan | inspect | convert | rerun`.
 
 The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 130 cancelled (Ctrl-C),
 143 terminated (SIGTERM).
@@ -38,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return run(arguments)
     except _Terminated:
-        print("wanfast: terminated; nothing was written", file=sys.stderr)
+        print(f"wanfast: terminated; {_left_behind(arguments.command)}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("wanfast: cancelled; nothing was written", file=sys.stderr)
+        print(f"wanfast: cancelled; {_left_behind(arguments.command)}", file=sys.stderr)
         return 130
+
+
+def _left_behind(command: str) -> str:
+    return "the same command goes on where it was" if command == "convert" else "nothing was written"
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What LoRA files add to an expert's layers, beside weights that stay as they are.
 
-A product `up @ down` is a low-rank term of its layer, whatever form the weight is stored in. A difference of a whole
-tensor (a norm, a bias, a modulation, rarely a weight) is added to a copy that lives as long as its use.
+A product `up @ down` is a low-rank term of its layer, whatever form the weight is stored in. Where it is to be merged,
+and for a difference of a whole tensor (a norm, a bias, a modulation, rarely a weight), it is added in fp32 to a copy of
+the weight that lives as long as its use and is rounded once.
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models":
 W' = W + strength * alpha / rank * up @ down.
 """
@@ -44,6 +45,7 @@ class Change:
     low_rank: tuple[LowRank, ...] = ()
     weight: Tensor | None = None  # fp32, added to the weight, or to the tensor
     bias: Tensor | None = None  # fp32, added to the bias
+    merged: tuple[LowRank, ...] = ()  # products added to the weight, factors in the dtype of their file
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +111,22 @@ def _attach(weights: Any, changes: Mapping[str, Change]) -> Any:
 def _changed(value: Linear | Tensor, change: Change) -> Linear | Tensor:
     if isinstance(value, Tensor):
         return _added(value, change.weight)
+    is_kept = change.weight is None and not change.merged
     return Linear(
-        weight=value.weight if change.weight is None else _added(expand(value.weight), change.weight),
+        weight=value.weight if is_kept else _added(expand(value.weight), change.weight, change.merged),
         bias=value.bias if value.bias is None or change.bias is None else _added(value.bias, change.bias),
         low_rank=value.low_rank + change.low_rank,
     )
 
 
-def _added(base: Tensor, difference: Tensor | None) -> Tensor:
-    return base if difference is None else (base.float() + difference.reshape(base.shape)).to(base.dtype)
+def _added(base: Tensor, difference: Tensor | None, products: tuple[LowRank, ...] = ()) -> Tensor:
+    """Add in fp32 and round once; the base may be pages of a file, so nothing is done in place."""
+    if difference is None and not products:
+        return base
+    total = base.float() if difference is None else base.float() + difference.reshape(base.shape)
+    for term in products:
+        total = torch.addmm(total, term.up.float(), term.down.float(), alpha=term.scale)
+    return total.to(base.dtype)
 
 
 def _place(module: str, outer: dict[str, Change], blocks: list[dict[str, Change]]) -> tuple[dict[str, Change], str]:
@@ -134,7 +143,7 @@ def _read_changes(
     """Read one layer's tensors from a file: fields and their changes."""
     strength, keys = lora.spec.strength, layer.keys
 
-    def read(key: str, wanted: torch.dtype) -> Tensor:
+    def read(key: str, wanted: torch.dtype | None) -> Tensor:
         return read_tensor(lora.reader, key, lora.reader.shape(key), dtype=wanted).to(device)
 
     weight = strength * read(keys["weight"], torch.float32) if "weight" in keys else None
@@ -146,8 +155,11 @@ def _read_changes(
         return [("norm3_weight", Change(weight=weight)), ("norm3_bias", Change(weight=bias))]
     if "down" not in keys:
         return [(field, Change((), weight, bias))]
-    down, up = (read(keys[part], dtype).flatten(1) for part in ("down", "up"))
-    return [(field, Change((LowRank(down, up, strength * layer.scale),), weight, bias))]
+    down, up = (read(keys[part], None if lora.spec.is_merged else dtype).flatten(1) for part in ("down", "up"))
+    product = (LowRank(down, up, strength * layer.scale),)
+    if lora.spec.is_merged:
+        return [(field, Change((), weight, bias, product))]
+    return [(field, Change(product, weight, bias))]
 
 
 def _sum(one: Change, other: Change) -> Change:
@@ -155,4 +167,5 @@ def _sum(one: Change, other: Change) -> Change:
         one.low_rank + other.low_rank,
         other.weight if one.weight is None else one.weight if other.weight is None else one.weight + other.weight,
         other.bias if one.bias is None else one.bias if other.bias is None else one.bias + other.bias,
+        one.merged + other.merged,
     )

@@ -82,6 +82,8 @@ def build_parser() -> OneLineParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint, tensor file or clip is", allow_abbrev=False)
     inspect.add_argument("path", help="folder, .safetensors, .pth or .mp4")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    convert = commands.add_parser("convert", help="write a model as one ready folder", allow_abbrev=False)
+    _add_convert_arguments(convert)
     rerun = commands.add_parser("rerun", help="repeat a clip from the settings embedded in it", allow_abbrev=False)
     rerun.add_argument("clip", help="an .mp4 that wanfast wrote")
     rerun.add_argument(
@@ -101,12 +103,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", default=None, help="what to show")
     add("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
-    add("--model", "--ckpt-dir", metavar="PATH", help="model folder or file, t2v-a14b, or Hub id; default: a tiny one")
-    add("--high", metavar="FILE", help="the high-noise expert, instead of --model")
-    add("--low", metavar="FILE", help="the low-noise expert; default: the file named like the other")
-    add("--vae", metavar="FILE", help="the VAE; default: the model's own, or one near its files")
-    add("--text-encoder", metavar="FILE", help="the umT5 encoder; default: likewise")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json or spiece.model; default: likewise")
+    _add_model_arguments(parser)
     add("--task", type=_task, metavar="NAME", help=f"check that the model is this one: {', '.join(MODELS)}")
     add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
     add("--image", metavar="FILE", help="first frame, for image to video")
@@ -116,6 +113,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=int, metavar="N", help="frames per second of the file")
     _add_sampling_arguments(parser)
     add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="LoRA file, strength, expert (high, low)")
+    add("--merge-loras", action="store_true", help="add LoRAs to copies of the weights, not beside; 16-bit models only")
     add("--precision", choices=("auto", "fp32", "exact"), default="auto", help="exact: bf16 where the reference has it")
     _add_device_arguments(parser)
     _add_output_arguments(parser, save_alias=True)
@@ -125,6 +123,30 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ulysses-size", type=_one, help=argparse.SUPPRESS)
     for flag, reason in _NOT_SUPPORTED.items():
         add(flag, action=_NotSupported, nargs="?", const=reason, help=argparse.SUPPRESS)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", "--ckpt-dir", metavar="PATH", help="model folder or file, t2v-a14b, or Hub id; default: a tiny one")
+    add("--high", metavar="PATH", help="file or folder of the high-noise expert, instead of --model")
+    add("--low", metavar="PATH", help="of the low-noise expert; default: the one named like the other")
+    add("--vae", metavar="FILE", help="the VAE; default: the model's own, or one near its files")
+    add("--text-encoder", metavar="FILE", help="the umT5 encoder; default: likewise")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json or spiece.model; default: likewise")
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_model_arguments(parser)
+    add("-o", "--output", metavar="DIR", help="the folder to write; default: named after model and precision")
+    add(
+        "--precision",
+        choices=("exact", "fp8", "int8"),
+        default="exact",
+        help="of the DiT's blocks; exact changes no number that the exact precision computes with",
+    )
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress, no notes")
 
 
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,13 +19,14 @@ from wanfast.arguments import request_arguments
 from wanfast.checkpoint.inspect import describe, format_description
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import MODELS, ModelConfig
+from wanfast.convert import convert_model
 from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 from wanfast.generation import Inputs, generate_frames
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
 from wanfast.lora_summary import lora_summary
-from wanfast.model import vae_parameters
+from wanfast.model import open_model, vae_parameters
 from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
 from wanfast.presets import apply_preset
@@ -38,7 +39,7 @@ from wanfast.video import check_writable, probe_video, read_settings, write_vide
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; what a user can mend is one line on stderr and code 2 for a bad request, 1 for the rest."""
-    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "rerun": _rerun}
+    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "convert": _convert, "rerun": _rerun}
     try:
         with _warnings_on_stderr():
             commands[arguments.command](arguments)
@@ -69,7 +70,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise RequestError(f"model: must be given with --task, got none; add --model {arguments.task.lower()}")
     model = open_loaded(sources, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
     plan = plan_for(model, _request(arguments, model.config, image))
-    loras = open_loras(specs, model.config)
+    loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
     _note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
     _make(arguments, model, plan, Inputs(image=image, loras=loras), _absolute(arguments.image))
@@ -86,14 +87,14 @@ def _plan(arguments: argparse.Namespace) -> None:
             parse_bytes("vram", arguments.vram)
         device = _device_to_plan_for(arguments.device or "cuda")
         plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
-        loras = open_loras(arguments.lora, row)
+        loras = open_loras(arguments.lora, row, merge=arguments.merge_loras)
     else:
         model = open_loaded(
             _sources(arguments), precision=arguments.precision, vram=arguments.vram, device=arguments.device
         )
         plan = plan_for(model, _request(arguments, model.config, image))
         _note(arguments, *model.model.notes)
-        loras = open_loras(arguments.lora, model.config)
+        loras = open_loras(arguments.lora, model.config, model.model.experts, merge=arguments.merge_loras)
         warn_of_preset(model, plan, loras)
     _note(arguments, *map(describe_lora, loras))
     print(json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=2) if arguments.json else format_plan(plan))
@@ -130,6 +131,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(json.dumps(description, ensure_ascii=False, indent=2) if arguments.json else format_description(description))
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    sources, started = _sources(arguments), time.perf_counter()
+    if sources == Sources():
+        raise RequestError("model: must be given, got none; for example --model Wan2.2-T2V-A14B")
+    model = open_model(sources)
+    _note(arguments, *model.notes)
+    output = arguments.output or f"{model.config.name}-{arguments.precision}"
+    with Progress(is_shown=not arguments.quiet, unit="B") as progress:
+        folder = convert_model(model, output, arguments.precision, on_progress=progress.update)
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    seconds = round(time.perf_counter() - started, 3)
+    print(json.dumps({"path": str(folder), "bytes": num_bytes, "seconds": seconds}) if arguments.json else folder)
+
+
 def _rerun(arguments: argparse.Namespace) -> None:
     recorded = read_recorded(read_settings(arguments.clip), arguments.clip)
     arguments.output = arguments.output or str(Path(arguments.clip).with_suffix("")) + "-rerun.mp4"
@@ -150,7 +165,7 @@ def _rerun(arguments: argparse.Namespace) -> None:
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     plan = plan_for(model, recorded.request)
-    loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config)
+    loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
     _make(arguments, model, plan, Inputs(image=image, loras=loras), None if image is None else _absolute(image_path))
 
 
@@ -164,7 +179,8 @@ def _specs_again(recorded: Sequence[RecordedLora], given: Sequence[str]) -> list
             raise RequestError(
                 f"lora: must be the file the clip was made with, {lora.path} is gone or differs; add --lora FILE"
             )
-        specs.append(LoraSpec(path, lora.strength, cast("Target | None", lora.target), lora.is_rank_stabilised))
+        target = cast("Target | None", lora.target)
+        specs.append(LoraSpec(path, lora.strength, target, lora.is_rank_stabilised, lora.is_merged))
     return specs
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from wanfast.checkpoint.files import read_json
@@ -38,6 +39,7 @@ class LoraSpec:
     strength: float = 1.0  # any finite number; 0 is as good as none
     target: Target | None = None  # experts it goes to; None: as its file name says (high_noise, low_noise), else both
     is_rank_stabilised: bool = False  # scale alpha / sqrt(rank); files written by Diffusers and PEFT say it themselves
+    is_merged: bool = False  # added to copies of the weights as these are used, not beside; not to quantised ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +130,51 @@ def open_lora(spec: LoraSpec, config: ModelConfig) -> Lora:
     return Lora(spec, reader, layers, report)
 
 
-def open_loras(loras: Iterable[str | Path | LoraSpec], config: ModelConfig) -> tuple[Lora, ...]:
-    """Open all LoRAs of a generation; arguments and errors as in `parse_lora` and `open_lora`.
+def open_loras(
+    loras: Iterable[str | Path | LoraSpec],
+    config: ModelConfig,
+    experts: Mapping[ExpertName, Reader] = MappingProxyType({}),
+    *,
+    merge: bool = False,
+) -> tuple[Lora, ...]:
+    """Open all LoRAs of a generation. Keys that fit nothing are named in a logged warning.
 
-    Keys that fit nothing are named in a logged warning.
+    Args:
+        loras: as `parse_lora` takes them.
+        config: of the model.
+        experts: the model's files, where they are open, to see whether LoRAs can be merged.
+        merge: all of them, whatever their specs say.
+
+    Raises:
+        RequestError: as `parse_lora` and `open_lora`, or a LoRA is to be merged into quantised weights.
+        CheckpointError: as `open_lora`.
     """
     if isinstance(loras, str | Path | LoraSpec):
         raise RequestError(f"loras: must be a list, got {loras!r}; put it in brackets")
-    opened = tuple(open_lora(parse_lora(lora), config) for lora in loras)
+    specs = [parse_lora(lora) for lora in loras]
+    opened = tuple(open_lora(replace(spec, is_merged=merge or spec.is_merged), config) for spec in specs)
     for lora in opened:
+        if lora.spec.is_merged:
+            _refuse_quantised(lora, experts)
         if unmatched := lora.report.unmatched:
             _log.warning(
                 "%s: %d of %d tensors fit no layer of %s and are ignored: %s",
                 *(lora.spec.path, len(unmatched), len(lora.reader.names()), config.name, _listed(unmatched)),
             )
     return opened
+
+
+def _refuse_quantised(lora: Lora, experts: Mapping[ExpertName, Reader]) -> None:
+    """Refuse to merge where the sum would have to be quantised again, which would change the base by itself."""
+    for expert in (name for name in lora.layers if name in experts):
+        reader = experts[expert]
+        products = {f"{layer}.weight" for layer, found in lora.layers[expert].items() if "down" in found.keys}
+        for name in sorted(products & reader.names()):
+            if (kind := reader.ref(name).stored_as) is not None:
+                raise RequestError(
+                    f"merge_loras: must be left out for quantised weights, got {reader.path} in {kind}; without it"
+                    " LoRAs run beside the weights, or use the model's files in 16 bits"
+                )
 
 
 def describe_lora(lora: Lora) -> str:
@@ -154,7 +186,7 @@ def describe_lora(lora: Lora) -> str:
     unmatched = f", {len(lora.report.unmatched)} ignored" if lora.report.unmatched else ""
     return (
         f"LoRA {Path(lora.spec.path).name}: strength {lora.spec.strength:g}, {' and '.join(lora.experts)},"
-        f" {len(lora.report.matched)} tensors{unmatched}{skipped}"
+        f" {len(lora.report.matched)} tensors{unmatched}{skipped}{', merged' if lora.spec.is_merged else ''}"
     )
 
 

@@ -120,6 +120,7 @@ def settings_for(model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str
                 strength=lora.spec.strength,
                 target=lora.spec.target,
                 is_rank_stabilised=lora.spec.is_rank_stabilised,
+                is_merged=lora.spec.is_merged,
             )
             for lora in inputs.loras
         ],
@@ -188,6 +189,7 @@ class Pipeline:
         fps: int | None = None,
         preset: str | None = None,
         loras: Sequence[str | Path | LoraSpec] = (),
+        merge_loras: bool = False,
         latents: Tensor | None = None,
         context: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -214,6 +216,8 @@ class Pipeline:
             preset: "lightning4": 4 steps, euler, shift 5 and guidance 1 where these are not given.
             loras: LoRA files for this generation alone, as "file.safetensors:0.8@high", paths or `LoraSpec`s; none
                 changes a weight of the model, nothing is loaded anew.
+            merge_loras: add every LoRA to copies of the weights, in fp32 and rounded once, in place of computing it
+                beside them; not for quantised weights. The copies live while they are used.
             latents: initial noise [C, F, H, W], fp32, instead of the one the seed gives.
             context: prompt and negative prompt encoded [2, T <= 512, text channels], instead of the prompts.
             on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
@@ -251,7 +255,7 @@ class Pipeline:
             fps=fps,
         )
         plan = self.plan(apply_preset(request, preset))
-        opened = open_loras(loras, self.loaded.config)
+        opened = open_loras(loras, self.loaded.config, self.loaded.model.experts, merge=merge_loras)
         warn_of_preset(self.loaded, plan, opened)
         inputs = Inputs(image=picture, latents=latents, context=context, loras=opened)
         if output == "latents":

@@ -12,9 +12,10 @@ _TITLES = {"text": "text encoder", "image": "image encoder", "steps": "denoising
 class Progress:
     """Shows how far a generation is, and keeps the seconds each stage took."""
 
-    def __init__(self, *, is_shown: bool) -> None:
-        """Show nothing yet."""
+    def __init__(self, *, is_shown: bool, unit: str = "it") -> None:
+        """Show nothing yet; `unit` is what is counted, "B" for bytes."""
         self._is_shown = is_shown
+        self._unit = unit
         self._stage: str | None = None
         self._bar: tqdm[None] | None = None
         self._started = time.perf_counter()
@@ -38,6 +39,8 @@ class Progress:
                 desc=_TITLES.get(stage, stage),
                 file=sys.stderr,
                 disable=not self._is_shown,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
                 dynamic_ncols=True,
             )

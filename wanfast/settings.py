@@ -31,6 +31,7 @@ class RecordedLora:
     strength: float
     target: str | None
     is_rank_stabilised: bool
+    is_merged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +224,7 @@ _LORA_RULES: dict[str, Rule] = {
     "strength": _NUMBER,
     "target": _or_none(_one_of("high_noise", "low_noise", "both")),
     "is_rank_stabilised": _FLAG,
+    "is_merged": _FLAG,
 }
 _REQUEST_RULES: dict[str, Rule] = {
     "prompt": _or_none(_TEXT),

@@ -1,6 +1,5 @@
 """Whatever bytes a GGUF file holds, opening it succeeds or says why not, quickly and in little memory."""
 
-import random
 import struct
 import time
 import tracemalloc
@@ -244,24 +243,3 @@ def test_a_valid_file_with_flipped_bits_is_read_or_refused(path, flips):
         whole[place] ^= flip
     path.write_bytes(whole)
     opens(path)
-
-
-def test_a_thousand_mutated_headers_are_read_or_refused(path):
-    draw = random.Random(0)
-    vocabulary = key("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, 3) + text("a") + text("b") + text("c"))
-    whole = gguf_bytes((ARCHITECTURE, vocabulary))
-    header = whole.index(b"ffn.bias") + 40
-    refused = 0
-    for _ in range(1000):
-        mutated = bytearray(whole)
-        for _ in range(3):
-            mutated[draw.randrange(8, header)] = draw.randrange(256)
-        path.write_bytes(mutated)
-        try:
-            reader = open_gguf(path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:
-            assert sum(reader.ref(name).num_bytes for name in reader.names()) <= len(whole)
-    assert 100 < refused < 999

@@ -27,7 +27,7 @@ VAE = vae_shapes("2.1", z=4, encoder_dim=4, decoder_dim=4)
 
 
 def _official(folder: Path) -> Path:
-    experts = {name: random_state(DIT) for name in ("high_noise", "low_noise")}
+    experts = {name: random_state(DIT, seed=name) for name in ("high_noise", "low_noise")}
     text = random_state(TEXT, dtype=torch.bfloat16)
     return write_official(folder, task="i2v", experts=experts, vae=random_state(VAE), text=text, num_heads=2, shards=2)
 
@@ -56,12 +56,15 @@ def test_a_checkpoint_folder_is_described_part_by_part(tmp_path):
 
 
 def test_a_diffusers_folder_is_described_alike(tmp_path):
-    dit = {dit_to_diffusers(name): tensor for name, tensor in random_state(DIT).items()}
+    high, low = (
+        {dit_to_diffusers(name): tensor for name, tensor in random_state(DIT, seed=expert).items()}
+        for expert in ("high_noise", "low_noise")
+    )
     folder = write_diffusers(
         tmp_path / "diffusers",
         task="i2v",
-        transformer=dit,
-        transformer_2=dit,
+        transformer=high,
+        transformer_2=low,
         vae={vae_to_diffusers(name, "2.1"): tensor for name, tensor in random_state(VAE).items()},
         text={text_to_transformers(name): t for name, t in random_state(TEXT, dtype=torch.bfloat16).items()},
         num_heads=2,

@@ -200,7 +200,7 @@ def test_a_damaged_neighbour_is_passed_over(models):
         (Sources(model="nowhere"), CheckpointError, "^nowhere: no such folder"),
         (Sources(model="no/where/at/all"), CheckpointError, "no such folder"),
         (Sources(high="nowhere.safetensors"), CheckpointError, r"nowhere\.safetensors: cannot be read"),
-        (Sources(model=".", low="x"), RequestError, "^model: must be a file or left out beside high and low"),
+        (Sources(model=".", low="x"), RequestError, "^model: must be one DiT's file or folder, or left out"),
     ],
 )
 def test_what_is_not_there_is_said(sources, error, message, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Names are held against hand-written lists of the published files, and against the converted modules themselves."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from reference.checkpoints import dit_shapes, text_shapes, vae_shapes
+from reference.checkpoints import dit_shapes, random_state, text_shapes, vae_shapes
+from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wanfast.checkpoint.names import (
@@ -17,6 +19,7 @@ from wanfast.checkpoint.names import (
     vae_to_diffusers,
     vae_version,
 )
+from wanfast.checkpoint.reader import open_file
 
 VAE_SIZES = {
     "2.1": {"base_dim": 8, "z_dim": 4},
@@ -46,21 +49,30 @@ def _small_dit() -> WanTransformer3DModel:
         )
 
 
+FULL = {
+    "t2v": dit_shapes(dim=5120, ffn_dim=13824, in_dim=16, out_dim=16, layers=40),
+    "i2v": dit_shapes(dim=5120, ffn_dim=13824, in_dim=36, out_dim=16, layers=40),
+    "ti2v": dit_shapes(dim=3072, ffn_dim=14336, in_dim=48, out_dim=48, layers=30),
+    "text": text_shapes(vocab=256_384, dim=4096, ffn_dim=10_240, heads=64, layers=24),
+    "vae2.1": vae_shapes("2.1", z=16, encoder_dim=96, decoder_dim=96),
+    "vae2.2": vae_shapes("2.2", z=48, encoder_dim=160, decoder_dim=256),
+}
+
+
 @pytest.mark.parametrize(
-    ("shapes", "num_tensors", "num_parameters"),
+    ("part", "num_tensors", "num_parameters"),
     [
-        (dit_shapes(dim=5120, ffn_dim=13824, in_dim=16, out_dim=16, layers=40), 1095, 14_288_491_584),
-        (dit_shapes(dim=5120, ffn_dim=13824, in_dim=36, out_dim=16, layers=40), 1095, 14_288_901_184),
-        (dit_shapes(dim=3072, ffn_dim=14336, in_dim=48, out_dim=48, layers=30), 825, 4_999_787_712),
-        (text_shapes(vocab=256_384, dim=4096, ffn_dim=10_240, heads=64, layers=24), 242, 5_680_910_336),
-        (vae_shapes("2.1", z=16, encoder_dim=96, decoder_dim=96), 194, 126_892_531),
-        (vae_shapes("2.2", z=48, encoder_dim=160, decoder_dim=256), 196, 704_688_668),
+        ("t2v", 1095, 14_288_491_584),
+        ("i2v", 1095, 14_288_901_184),
+        ("ti2v", 825, 4_999_787_712),
+        ("text", 242, 5_680_910_336),
+        ("vae2.1", 194, 126_892_531),
+        ("vae2.2", 196, 704_688_668),
     ],
-    ids=["t2v", "i2v", "ti2v", "text", "vae2.1", "vae2.2"],
 )
-def test_the_written_lists_are_the_published_ones(shapes, num_tensors, num_parameters):
-    assert len(shapes) == num_tensors
-    assert sum(math.prod(shape) for shape in shapes.values()) == num_parameters
+def test_the_written_lists_are_the_published_ones(part, num_tensors, num_parameters):
+    assert len(FULL[part]) == num_tensors
+    assert sum(math.prod(shape) for shape in FULL[part].values()) == num_parameters
 
 
 def test_every_dit_name_and_shape_is_that_of_the_diffusers_module():
@@ -79,6 +91,50 @@ def test_every_vae_name_and_shape_is_that_of_the_diffusers_module(version):
     assert {vae_to_diffusers(name, version): shape for name, shape in official.items()} == module
     assert {new: module[old] for old, new in vae_from_diffusers(module, version).items()} == official
     assert vae_version(module) == vae_version(official) == version
+
+
+ROUND_TRIPS = {
+    "t2v": (FULL["t2v"], dit_to_diffusers, dit_from_diffusers),
+    "i2v": (FULL["i2v"], dit_to_diffusers, dit_from_diffusers),
+    "ti2v": (FULL["ti2v"], dit_to_diffusers, dit_from_diffusers),
+    "text": (FULL["text"], text_to_transformers, text_from_transformers),
+    "vae2.1": (FULL["vae2.1"], partial(vae_to_diffusers, version="2.1"), partial(vae_from_diffusers, version="2.1")),
+    "vae2.2": (FULL["vae2.2"], partial(vae_to_diffusers, version="2.2"), partial(vae_from_diffusers, version="2.2")),
+}
+
+
+@pytest.mark.parametrize("part", ROUND_TRIPS)
+def test_every_published_name_comes_back_from_diffusers(part):
+    shapes, to_diffusers, from_diffusers = ROUND_TRIPS[part]
+    names = [to_diffusers(name) for name in shapes]
+    assert len(set(names)) == len(shapes)
+    same = {name for name, other in zip(shapes, names, strict=True) if name == other}
+    assert same == {"patch_embedding.weight", "patch_embedding.bias"} & shapes.keys()
+    assert from_diffusers(names) == dict(zip(names, shapes, strict=True))
+    assert from_diffusers(names[::-1]) == from_diffusers(names), "whatever their order"
+
+
+SMALL = {
+    "t2v": dit_shapes(dim=24, ffn_dim=28, in_dim=16, out_dim=16, layers=2, text_dim=20, freq_dim=8),
+    "text": text_shapes(vocab=20, dim=12, ffn_dim=28, heads=3, layers=2),
+    "vae2.1": vae_shapes("2.1", z=4, encoder_dim=4, decoder_dim=4),
+    "vae2.2": vae_shapes("2.2", z=4, encoder_dim=4, decoder_dim=8),
+}
+
+
+@pytest.mark.parametrize("part", SMALL)
+def test_a_file_comes_back_from_diffusers_to_the_byte(part, tmp_path):
+    """Official file, the same tensors under Diffusers' names, and what is read there written under official names."""
+    _, to_diffusers, from_diffusers = ROUND_TRIPS[part]
+    state = random_state(SMALL[part], dtype=torch.bfloat16)
+    official, other, back = (tmp_path / f"{name}.safetensors" for name in ("official", "diffusers", "back"))
+    save_file(state, official)
+    save_file({to_diffusers(name): tensor for name, tensor in state.items()}, other)
+    reader = open_file(other)
+    assert reader.names() != state.keys()
+    renamed = reader.renamed(from_diffusers(reader.names()))
+    save_file({name: renamed.load(name) for name in renamed.names()}, back)
+    assert back.read_bytes() == official.read_bytes()
 
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
@@ -122,6 +178,9 @@ def test_the_embedding_is_found_under_either_of_its_names():
         ("blocks.7.modulation", "blocks.7.scale_shift_table"),
         ("head.modulation", "scale_shift_table"),
         ("blocks.39.self_attn.o.bias", "blocks.39.attn1.to_out.0.bias"),
+        ("blocks.3.self_attn.q.weight", "blocks.3.attn1.to_q.weight"),
+        ("blocks.3.self_attn.k.weight", "blocks.3.attn1.to_k.weight"),
+        ("blocks.3.cross_attn.v.bias", "blocks.3.attn2.to_v.bias"),
         ("blocks.0.cross_attn.norm_k.weight", "blocks.0.attn2.norm_k.weight"),
         ("blocks.10.ffn.0.weight", "blocks.10.ffn.net.0.proj.weight"),
         ("blocks.10.ffn.2.weight", "blocks.10.ffn.net.2.weight"),

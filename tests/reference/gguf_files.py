@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from reference.k_quants import quantise_k
 from torch import Tensor
 
 KIND = gguf.GGMLQuantizationType
@@ -33,6 +34,11 @@ def pack(values: Tensor, kind: str) -> np.ndarray:
     return drawn.reshape(*values.shape[:-1], -1)
 
 
+def quantise(values: Tensor, kind: str) -> np.ndarray:
+    """Quantise as `pack`, but to numbers that stand for the values in every kind but Q2_K."""
+    return quantise_k(values, kind) if kind in _SCALES else pack(values, kind)
+
+
 def unpack(packed: np.ndarray, kind: str) -> Tensor:
     """What gguf makes of the bytes, fp32."""
     return torch.from_numpy(gguf.quants.dequantize(packed, KIND[kind]).copy())
@@ -44,6 +50,7 @@ def write_gguf(
     kind_of: Callable[[str, Tensor], str],
     *,
     architecture: str | None = "wan",
+    packer: Callable[[Tensor, str], np.ndarray] = pack,
     prepare: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> dict[str, Tensor]:
     """Write a file, and return the values that are in it.
@@ -53,6 +60,7 @@ def write_gguf(
         tensors: by the name they get in it.
         kind_of: chooses the kind of each tensor.
         architecture: `general.architecture`; None leaves it out.
+        packer: quantises; `quantise` where the numbers must stand for the tensors.
         prepare: adds keys of its own.
 
     Returns:
@@ -65,7 +73,7 @@ def write_gguf(
     values = {}
     for name, tensor in tensors.items():
         kind = kind_of(name, tensor)
-        packed = pack(tensor, kind)
+        packed = packer(tensor, kind)
         values[name] = unpack(packed, kind).reshape(tensor.shape)
         writer.add_tensor(name, packed, raw_dtype=KIND[kind])
     _write(writer)

@@ -7,11 +7,11 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.vocabulary import train_spiece
+from reference.vocabulary import charsmap, train_spiece
 
 from wanfast.errors import CheckpointError
 from wanfast.text.sentencepiece import read_sentencepiece
-from wanfast.text.tokenizer import clean_prompt, load_tokenizer, tokenize
+from wanfast.text.tokenizer import clean_prompt, load_tokenizer, tokenize, tokenizer_of_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,9 @@ def test_a_prompt_ends_in_the_end_token(model, tmp_path: Path):
 
 
 def test_special_tokens_spelled_out_become_ids(model):
-    ids = read_sentencepiece(model).encode("</s><pad>", add_special_tokens=False).ids
-    assert ids == [1, 0]
+    vocabulary = read_sentencepiece(model)
+    assert vocabulary.encode("</s><pad>", add_special_tokens=False).ids == [1, 0]
+    assert vocabulary.encode("<0x41>", add_special_tokens=False).tokens == ["▁", "<0x41>"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -79,6 +80,24 @@ def test_bytes_that_are_no_model_are_refused(model, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"spiece\.model: holds no readable SentencePiece model"):
             load_tokenizer(file)
+
+
+def test_a_table_that_leads_astray_is_refused(model):
+    """tokenizers panics on some tables, which would pass every `except Exception`."""
+    table = charsmap(model)
+    assert table is not None
+    begin, size = model.index(table) + 4, int.from_bytes(table[:4], "little")  # of its trie
+    draw, told = random.Random(0), set()
+    for _ in range(10):
+        changed = bytearray(model)
+        for _ in range(size // 20):
+            changed[begin + draw.randrange(size)] = draw.randrange(256)
+        tokenizer = tokenizer_of_sentencepiece(bytes(changed), Path("my.model"))
+        try:
+            tokenize(tokenizer, "größe ① ﬁ ｈｅｌｌｏ\u3000猫", 512)
+        except CheckpointError as error:
+            told.add(str(error).partition(" (")[0])
+    assert told == {"my.model: its normaliser is damaged"}
 
 
 @given(st.binary(max_size=200))

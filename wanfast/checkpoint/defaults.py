@@ -1,6 +1,7 @@
 """Sampling defaults a checkpoint folder may bring along, in a `wanfast.json`: they stand in for the official ones."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,15 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
         CheckpointError: the file cannot be read, or a key or a value in it is not one wanfast knows.
     """
     path = folder / FILE_NAME
-    if not path.exists():
-        return SamplingDefaults()
-    content = read_json(path)
+    return parse_sampling_defaults(read_json(path), path) if path.exists() else SamplingDefaults()
+
+
+def parse_sampling_defaults(content: Mapping[str, Any], path: Path) -> SamplingDefaults:
+    """Check sampling defaults that stand in a file.
+
+    Raises:
+        CheckpointError: a key or a value is not one wanfast knows.
+    """
     known = [field.name for field in fields(SamplingDefaults)]
     for key, value in content.items():
         if key not in known:

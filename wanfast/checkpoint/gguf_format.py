@@ -1,7 +1,7 @@
 """The GGUF format: a binary header, checked whole before any tensor is believed, and views into the mapped file.
 
 `gguf`'s own reader is not used: it trusts every count in the header, so a damaged one keeps it busy without end, and it
-spends seconds on the vocabulary of a text encoder, which is stepped over here.
+spends seconds on the vocabulary of a text encoder, which is stepped over here unless it is asked for.
 
 Source: ggml-org/ggml, docs/gguf.md; city96/ComfyUI-GGUF, loader.py (prefixes, `comfy.gguf.orig_shape`).
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,7 +57,10 @@ _MAX_AXES = 8
 _MAX_ITEMS = 64  # of an array whose values are wanted
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")  # before a string
 _DAMAGED = "the file is damaged; download it again"
+
+_T = TypeVar("_T")
 
 
 def gguf_refs(path: Path) -> dict[str, TensorRef]:
@@ -70,17 +73,7 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
         CheckpointError: the file cannot be read, breaks the format, is of another architecture, or holds a tensor of a
             type that wanfast does not read: named with the tensor at fault.
     """
-    refuse_pointer(path)
-    try:
-        with path.open("rb") as file:
-            file_bytes = path.stat().st_size
-            _check_start(path, file.read(_COUNTS_AT), file_bytes)
-            with mmap.mmap(file.fileno(), min(file_bytes, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as pages:
-                keys, entries, header_bytes = _read_header(_Cursor(pages, _COUNTS_AT))
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; {_DAMAGED}") from None
+    (keys, entries, header_bytes), file_bytes = _with_header(path, _read_header)
     _check_keys(path, keys)
     alignment = keys.get("general.alignment", 32)
     data_start = -(-header_bytes // alignment) * alignment
@@ -97,6 +90,35 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
         refs[entry.name] = _ref(path, entry.name, kind, shape, partial(_slice, mapping, begin, begin + num_bytes))
     _check_spans(path, spans, file_bytes)
     return refs
+
+
+def gguf_values(path: Path, prefix: str) -> dict[str, Any]:
+    """Read the keys of a GGUF file that begin with `prefix`, arrays whole.
+
+    Returns:
+        Numbers as int and float, texts as `str`; an array of numbers as a `memoryview` of them, of texts as a list of
+        `bytes`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its header is damaged.
+    """
+    keys, _ = _with_header(path, lambda cursor: _read_keys(cursor, _read_counts(cursor)[1], prefix))
+    return {key: value for key, value in keys.items() if key.startswith(prefix)}
+
+
+def _with_header(path: Path, read: Callable[["_Cursor"], _T]) -> tuple[_T, int]:
+    """What `read` makes of a file's header, and the file's size."""
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            _check_start(path, file.read(_COUNTS_AT), file_bytes)
+            with mmap.mmap(file.fileno(), min(file_bytes, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as pages:
+                return read(_Cursor(pages, _COUNTS_AT)), file_bytes
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {_DAMAGED}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +151,26 @@ class _Cursor:
         self.skip(struct.calcsize(f"<{layout}"))
         return struct.unpack_from(f"<{layout}", self.pages, begin)
 
-    def skip_text(self) -> None:
-        """Step over a string."""
-        self.skip(self.numbers("Q")[0])
+    def texts(self, count: int, *, keep: bool) -> list[bytes]:
+        """Strings, or none where they are only stepped over; ends with the header at the latest."""
+        found: list[bytes] = []
+        for _ in range(count):  # a loop for speed: a vocabulary has 256,384 of them
+            self.skip(_LENGTH.size)
+            (length,) = _LENGTH.unpack_from(self.pages, self.place - _LENGTH.size)
+            self.skip(length)
+            if keep:
+                found.append(self.pages[self.place - length : self.place])
+        return found
 
     def text(self) -> str:
         """A string."""
-        (length,) = self.numbers("Q")
-        begin = self.place
-        self.skip(length)
-        return self.pages[begin : self.place].decode("utf-8")
+        return self.texts(1, keep=True)[0].decode("utf-8")
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Entry], int]:
     """The keys that are looked at, every tensor, and the header's length."""
-    num_tensors, num_keys = cursor.numbers("QQ")
-    if max(num_tensors, num_keys) > _MAX_ENTRIES:
-        raise ValueError(f"header claims {num_tensors} tensors and {num_keys} keys")
-    keys: dict[str, Any] = {}
-    for _ in range(num_keys):
-        key = cursor.text()
-        if key in keys:
-            raise ValueError(f"key {key} appears twice")
-        (kind,) = cursor.numbers("I")
-        keys[key] = _read_value(cursor, key, kind)
+    num_tensors, num_keys = _read_counts(cursor)
+    keys = _read_keys(cursor, num_keys)
     entries: dict[str, _Entry] = {}
     for _ in range(num_tensors):
         entry = _read_entry(cursor)
@@ -162,25 +180,50 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Entry], int]:
     return keys, list(entries.values()), cursor.place
 
 
-def _read_value(cursor: _Cursor, key: str, kind: int) -> Any:
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
+    """How many tensors and keys there are."""
+    num_tensors, num_keys = cursor.numbers("QQ")
+    if max(num_tensors, num_keys) > _MAX_ENTRIES:
+        raise ValueError(f"header claims {num_tensors} tensors and {num_keys} keys")
+    return num_tensors, num_keys
+
+
+def _read_keys(cursor: _Cursor, num_keys: int, whole: str | None = None) -> dict[str, Any]:
+    """Every key, with its value where somebody looks at it; those that begin with `whole` to the last item."""
+    keys: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.text()
+        if key in keys:
+            raise ValueError(f"key {key} appears twice")
+        (kind,) = cursor.numbers("I")
+        keys[key] = _read_value(cursor, key, kind, is_whole=whole is not None and key.startswith(whole))
+    return keys
+
+
+def _read_value(cursor: _Cursor, key: str, kind: int, *, is_whole: bool) -> Any:
     """The value of a key; None for one that nobody looks at: long texts and arrays are stepped over."""
-    is_wanted = key.startswith(("general.", "split.", _ORIGINAL_SHAPE))
+    is_wanted = is_whole or key.startswith(("general.", "split.", _ORIGINAL_SHAPE))
     if kind in _SCALARS:
         return cursor.numbers(_SCALARS[kind])[0]
     if kind == _STRING:
-        return cursor.text() if is_wanted else cursor.skip_text()
+        text = cursor.texts(1, keep=is_wanted)
+        return text[0].decode("utf-8") if is_wanted else None
     if kind != _ARRAY:
         raise ValueError(f"key {key} has unknown type {kind}")
     item, count = cursor.numbers("IQ")
-    if item in _SCALARS:
-        if is_wanted and count <= _MAX_ITEMS:
-            return cursor.numbers(f"{count}{_SCALARS[item]}")
-        return cursor.skip(count * struct.calcsize(f"<{_SCALARS[item]}"))
-    if item != _STRING:
+    if item == _STRING:
+        texts = cursor.texts(count, keep=is_whole)
+        return texts if is_whole else None
+    if item not in _SCALARS:
         raise ValueError(f"key {key} is an array of unknown type {item}")
-    for _ in range(count):  # ends with the header at the latest: each string has 8 bytes of length
-        cursor.skip_text()
-    return None
+    if is_wanted and not is_whole and count <= _MAX_ITEMS:
+        return cursor.numbers(f"{count}{_SCALARS[item]}")
+    begin = cursor.place
+    cursor.skip(count * struct.calcsize(f"<{_SCALARS[item]}"))
+    if not is_whole:
+        return None
+    numbers: Any = memoryview(cursor.pages[begin : cursor.place])
+    return numbers.cast(_SCALARS[item])
 
 
 def _read_entry(cursor: _Cursor) -> _Entry:

@@ -33,7 +33,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         CheckpointError: the path is no such thing, or is one that is damaged or incomplete.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or nearby.is_dit_folder(path):
         return {"path": str(path), "what": "file", "parts": _describe_file(path)}
     checkpoint = find_checkpoint(Sources(model=path)) if path.exists() else _absent(path)
     parts = {str(name): _describe_part("dit", reader, expert=name) for name, reader in checkpoint.experts.items()}

@@ -7,24 +7,33 @@ Sources: Wan-AI/Wan2.2-T2V-A14B, -I2V-A14B, -TI2V-5B and their -Diffusers twins 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from wanfast.checkpoint.defaults import SamplingDefaults, read_sampling_defaults
 from wanfast.checkpoint.files import TensorRef, read_json
-from wanfast.checkpoint.names import dit_from_diffusers, text_from_transformers, vae_from_diffusers, vae_version
-from wanfast.checkpoint.reader import Reader, open_file, open_folder
-from wanfast.checkpoint.variant import check_experts_agree, check_parts_fit, check_sizes, check_task
-from wanfast.config import ExpertName, Task, VAEVersion
+from wanfast.checkpoint.names import vae_version
+from wanfast.checkpoint.nearby import TENSOR_SUFFIXES
+from wanfast.checkpoint.part import Part, PartKind, open_part
+from wanfast.checkpoint.reader import Reader
+from wanfast.checkpoint.variant import (
+    check_experts_agree,
+    check_experts_differ,
+    check_parts_fit,
+    check_sizes,
+    check_task,
+    num_blocks,
+)
+from wanfast.config import MODELS, ExpertName, Task, VAEVersion
 from wanfast.errors import CheckpointError
 
-Layout = Literal["official", "diffusers", "files"]
+Layout = Literal["official", "diffusers", "files", "ready"]
 Config = Mapping[str, Any]
 
 _TASKS: tuple[Task, ...] = ("t2v", "i2v", "ti2v")
-_EXPERTS: dict[Task | None, tuple[ExpertName, ...]] = {
+EXPERTS: dict[Task | None, tuple[ExpertName, ...]] = {
     "t2v": ("high_noise", "low_noise"),
     "i2v": ("high_noise", "low_noise"),
     "ti2v": ("single",),
@@ -33,6 +42,11 @@ _ABOUT: dict[str, str] = {
     "high_noise": "the high-noise expert",
     "low_noise": "the low-noise expert",
     "single": "the diffusion transformer",
+}
+_DIFFUSERS_FOLDERS: dict[ExpertName, str] = {
+    "high_noise": "transformer",
+    "low_noise": "transformer_2",
+    "single": "transformer",
 }
 _HEAD_DIM = 128  # of every published Wan model
 _HOW_TO_GET_ONE = "name a folder as published; `hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR` fetches one"
@@ -98,22 +112,28 @@ class _Search:
             self.problems.append(str(error))
         return self.configs.get(key, {})
 
-    def part(self, path: Path, about: str, opener: Callable[[Path], Reader]) -> Reader | None:
+    def part(self, path: Path, kind: PartKind, about: str) -> Part | None:
         """Open a part; None, with the problem kept, where that fails."""
         if not path.exists():
             self.problems.append(f"{path}: missing ({about})")
             return None
         try:
-            return opener(path)
+            return open_part(path, kind)
         except CheckpointError as error:
             self.problems.append(str(error))
             return None
 
-    def file(self, path: Path, about: str) -> Path:
-        """Ask for a file."""
-        if not path.is_file():
-            self.problems.append(f"{path}: missing ({about})")
-        return path
+    def tokenizer(self, folder: Path, text: Part | None) -> Path | TensorRef:
+        """The tokenizer that was given, the one in its folder, or the one that the text encoder brings along."""
+        if self.given.tokenizer is not None:
+            return self.given.tokenizer
+        for name in ("tokenizer.json", "spiece.model"):
+            if (folder / name).is_file():
+                return folder / name
+        if text is not None and text.vocabulary is not None:
+            return text.vocabulary
+        self.problems.append(f"{folder / 'tokenizer.json'}: missing (the tokenizer)")
+        return folder
 
     def refuse(self) -> None:
         """Raise if there was a problem."""
@@ -130,7 +150,7 @@ def open_checkpoint(path: str | Path, given: Given = _NOTHING) -> Checkpoint:
         path: a folder in the official layout (`high_noise_model/`, `low_noise_model/` or the 5B's DiT in the root,
             `models_t5_umt5-xxl-enc-bf16.pth`, `Wan2.1_VAE.pth` or `Wan2.2_VAE.pth`, `google/umt5-xxl/`), or in the
             Diffusers layout (`model_index.json`, `transformer/`, `transformer_2/`, `vae/`, `text_encoder/`,
-            `tokenizer/`).
+            `tokenizer/`). A part may be stored in any format that a file of its own may have.
         given: parts to use in place of the folder's, which then need not be there.
 
     Raises:
@@ -143,12 +163,13 @@ def open_checkpoint(path: str | Path, given: Given = _NOTHING) -> Checkpoint:
     checkpoint = _open_diffusers(search) if _is_diffusers(folder) else _open_official(search)
     for name, reader in checkpoint.experts.items():
         if checkpoint.layout == "official":
-            source = _official_expert_folder(folder, name) / "config.json"
+            source = _official_config(folder, name)
             check_task(reader, checkpoint.task, source)
             check_sizes(reader, checkpoint.configs[name], source)
         else:  # a converted config may hold stray sizes: only its tensors are believed
             check_task(reader, checkpoint.task, folder / "model_index.json")
     check_experts_agree(list(checkpoint.experts.values()))
+    check_experts_differ(list(checkpoint.experts.values()))
     settings = {name: dit_settings(checkpoint, name) for name in checkpoint.experts}
     if len(set(settings.values())) > 1:
         told = ", ".join(f"{name}: {value}" for name, value in settings.items())
@@ -166,7 +187,7 @@ def dit_settings(checkpoint: Checkpoint, expert: ExpertName) -> DiTSettings:
     config, reader = checkpoint.configs.get(expert, {}), checkpoint.experts[expert]
     if checkpoint.layout == "files":
         return _usual_settings(reader)
-    source = reader.path.parent / "config.json"
+    source = _config_file(checkpoint, expert)
 
     def number(key: str, kind: type, default: float | None = None) -> Any:
         value = config.get(key, default)
@@ -178,7 +199,7 @@ def dit_settings(checkpoint: Checkpoint, expert: ExpertName) -> DiTSettings:
         return kind(value)
 
     eps = number("eps", float, 1e-6)
-    if checkpoint.layout == "official":
+    if checkpoint.layout in ("official", "ready"):
         return DiTSettings(num_heads=number("num_heads", int), eps=eps, text_len=number("text_len", int, 512))
     num_heads, head_dim = number("num_attention_heads", int), number("attention_head_dim", int)
     dim = reader.shape("patch_embedding.weight")[0]
@@ -198,6 +219,12 @@ def _usual_settings(reader: Reader) -> DiTSettings:
             f"{reader.where('patch_embedding.weight')} is {dim} wide, not a multiple of the {_HEAD_DIM} channels of a "
             "Wan model's head; a folder with a config.json can say otherwise"
         )
+    for model in MODELS.values():
+        if model.dit.dim == dim and num_blocks(reader) != model.dit.num_layers:
+            raise CheckpointError(
+                f"{reader.path}: has the tensors of {num_blocks(reader)} blocks, but the {model.dit.num_layers} of "
+                f"{model.name} are blocks.0 to blocks.{model.dit.num_layers - 1}; download what is missing"
+            )
     return DiTSettings(num_heads=dim // _HEAD_DIM, eps=1e-6, text_len=512)
 
 
@@ -228,21 +255,42 @@ def _official_expert_folder(folder: Path, expert: ExpertName) -> Path:
     return folder if expert == "single" else folder / f"{expert}_model"
 
 
+def _official_config(folder: Path, expert: ExpertName) -> Path:
+    """The expert's own config; one in the root serves both, as LightX2V's users have it."""
+    own = _official_expert_folder(folder, expert) / "config.json"
+    return folder / "config.json" if not own.exists() and (folder / "config.json").is_file() else own
+
+
+def _config_file(checkpoint: Checkpoint, expert: ExpertName) -> Path:
+    if checkpoint.layout == "ready":
+        return checkpoint.path / "wanfast-model.json"
+    if checkpoint.layout == "official":
+        return _official_config(checkpoint.path, expert)
+    return checkpoint.path / _DIFFUSERS_FOLDERS[expert] / "config.json"
+
+
 def _open_official(search: _Search) -> Checkpoint:
     folder, given = search.folder, search.given
     has_two = any((folder / name).is_dir() for name in ("high_noise_model", "low_noise_model"))
-    names = _EXPERTS["t2v" if has_two else "ti2v"]
-    experts: dict[ExpertName, Reader | None] = {}
+    names = EXPERTS["t2v" if has_two else "ti2v"]
+    experts: dict[ExpertName, Part | None] = {}
     for name in names:
-        part = _official_expert_folder(folder, name)
-        experts[name] = search.part(part, _ABOUT[name], open_folder)
-        if part.is_dir():
-            search.config(name, part / "config.json")
+        place = _official_expert_folder(folder, name)
+        experts[name] = search.part(place, "dit", _ABOUT[name])
+        if place.is_dir():
+            search.config(name, _official_config(folder, name))
     task = _official_task(search, names)
-    text = given.text or search.part(_official_text_file(folder), "the text encoder", open_file)
-    vae = given.vae or search.part(_official_vae_file(folder, has_two), "the VAE", open_file)
-    tokenizer = given.tokenizer or search.file(folder / "google" / "umt5-xxl" / "tokenizer.json", "the tokenizer")
+    text, vae = _given_parts(given)
+    text = text or search.part(_official_text_file(folder), "text", "the text encoder")
+    vae = vae or search.part(_official_vae_file(folder, has_two), "vae", "the VAE")
+    tokenizer = search.tokenizer(folder / "google" / "umt5-xxl", text)
     return _assemble(search, "official", task, experts, vae, text, tokenizer, None)
+
+
+def _given_parts(given: Given) -> tuple[Part | None, Part | None]:
+    """Text encoder and VAE, as parts."""
+    text = None if given.text is None else Part("text", given.text)
+    return text, None if given.vae is None else Part("vae", given.vae)
 
 
 def _official_task(search: _Search, names: tuple[ExpertName, ...]) -> Task | None:
@@ -251,12 +299,12 @@ def _official_task(search: _Search, names: tuple[ExpertName, ...]) -> Task | Non
     for name in names:
         if name not in search.configs:
             continue
-        source = _official_expert_folder(search.folder, name) / "config.json"
+        source = _official_config(search.folder, name)
         said = search.configs[name].get("model_type")
         found = next((known for known in _TASKS if known == said), None)
         if found is None:
             search.problems.append(f"{source}: model_type is {said!r}; wanfast runs {', '.join(_TASKS)}")
-        elif _EXPERTS[found] != names:
+        elif EXPERTS[found] != names:
             layout = (
                 "two experts in high_noise_model/ and low_noise_model/" if len(names) == 1 else "one DiT in the root"
             )
@@ -273,42 +321,35 @@ def _official_task(search: _Search, names: tuple[ExpertName, ...]) -> Task | Non
 
 def _official_text_file(folder: Path) -> Path:
     usual = folder / "models_t5_umt5-xxl-enc-bf16.pth"
-    others = sorted(folder.glob("models_t5*.pth"))
+    others = [file for file in folder.glob("*t5*") if file.suffix in TENSOR_SUFFIXES]
     return usual if usual.exists() or len(others) != 1 else others[0]
 
 
 def _official_vae_file(folder: Path, has_two_experts: bool) -> Path:
     """The VAE of the model's kind, or the only one that is there; whether it fits is told by its tensors."""
-    order = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth") if has_two_experts else ("Wan2.2_VAE.pth", "Wan2.1_VAE.pth")
-    return next((folder / name for name in order if (folder / name).exists()), folder / order[0])
+    order = ("Wan2.1_VAE", "Wan2.2_VAE") if has_two_experts else ("Wan2.2_VAE", "Wan2.1_VAE")
+    files = [folder / f"{name}{suffix}" for name in order for suffix in (".pth", ".safetensors")]
+    return next((file for file in files if file.exists()), files[0])
 
 
 def _open_diffusers(search: _Search) -> Checkpoint:
     folder, given = search.folder, search.given
     task, boundary = _described_by(search, search.config("model_index", folder / "model_index.json"))
-    experts: dict[ExpertName, Reader | None] = {}
-    for name, part in zip(_EXPERTS[task or "ti2v"], ("transformer", "transformer_2"), strict=False):
-        experts[name] = search.part(folder / part, _ABOUT[name], _opener(dit_from_diffusers))
-        if (folder / part).is_dir():
-            search.config(name, folder / part / "config.json")
-    vae, text = given.vae, given.text
+    experts: dict[ExpertName, Part | None] = {}
+    for name in EXPERTS[task or "ti2v"]:
+        place = folder / _DIFFUSERS_FOLDERS[name]
+        experts[name] = search.part(place, "dit", _ABOUT[name])
+        if place.is_dir():
+            search.config(name, place / "config.json")
+    text, vae = _given_parts(given)
     if vae is None:
-        opener = _opener(lambda names: vae_from_diffusers(names, vae_version(names)))
-        vae = search.part(folder / "vae", "the VAE", opener)
+        vae = search.part(folder / "vae", "vae", "the VAE")
         search.config("vae", folder / "vae" / "config.json", required=(folder / "vae").is_dir())
     if text is None:
-        text = search.part(folder / "text_encoder", "the text encoder", _opener(text_from_transformers))
+        text = search.part(folder / "text_encoder", "text", "the text encoder")
         search.config("text", folder / "text_encoder" / "config.json", required=False)
-    tokenizer = given.tokenizer or search.file(folder / "tokenizer" / "tokenizer.json", "the tokenizer")
+    tokenizer = search.tokenizer(folder / "tokenizer", text)
     return _assemble(search, "diffusers", task, experts, vae, text, tokenizer, boundary)
-
-
-def _opener(rename: Callable[[frozenset[str]], dict[str, str]]) -> Callable[[Path], Reader]:
-    def opener(folder: Path) -> Reader:
-        reader = open_folder(folder)
-        return reader.renamed(rename(reader.names()))
-
-    return opener
 
 
 def _described_by(search: _Search, index: Config) -> tuple[Task | None, float | None]:
@@ -332,24 +373,24 @@ def _assemble(
     search: _Search,
     layout: Layout,
     task: Task | None,
-    experts: Mapping[ExpertName, Reader | None],
-    vae: Reader | None,
-    text: Reader | None,
+    experts: Mapping[ExpertName, Part | None],
+    vae: Part | None,
+    text: Part | None,
     tokenizer: Path | TensorRef,
     boundary: float | None,
 ) -> Checkpoint:
     """Make the checkpoint of what was found, or raise all that is wrong with it."""
     search.refuse()
-    found = {name: reader for name, reader in experts.items() if reader is not None}
+    found = {name: part.reader for name, part in experts.items() if part is not None}
     assert task is not None and vae is not None and text is not None and len(found) == len(experts)
     return Checkpoint(
         path=search.folder,
         layout=layout,
         task=task,
         experts=found,
-        vae=vae,
-        vae_version=vae_version(vae.names()),
-        text=text,
+        vae=vae.reader,
+        vae_version=vae_version(vae.reader.names()),
+        text=text.reader,
         tokenizer=tokenizer,
         boundary=boundary,
         configs=search.configs,

@@ -16,7 +16,14 @@ from wanfast.checkpoint.layout import Checkpoint, Given, dit_settings, open_chec
 from wanfast.checkpoint.names import vae_version
 from wanfast.checkpoint.part import KIND_NAMES, Part, PartKind, open_part, open_parts
 from wanfast.checkpoint.reader import Reader
-from wanfast.checkpoint.variant import check_experts_agree, check_parts_fit, dit_channels, task_by_channels
+from wanfast.checkpoint.ready_layout import MANIFEST, open_ready
+from wanfast.checkpoint.variant import (
+    check_experts_agree,
+    check_experts_differ,
+    check_parts_fit,
+    dit_channels,
+    task_by_channels,
+)
 from wanfast.config import ExpertName, Task
 from wanfast.errors import CheckpointError, RequestError
 
@@ -53,10 +60,11 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
     """Open the checkpoint that the sources mean; headers and configs are read, no weights.
 
     Args:
-        sources: `model` is a folder in the official or Diffusers layout, a ComfyUI folder with `diffusion_models/`, one
-            file (of a pair, the other is found by its name), an alias such as `t2v-a14b`, or a Hub id. `high` and `low`
-            name the experts' files instead. The other parts are the model's own unless named; for single files they are
-            looked for beside them and in ComfyUI's folders.
+        sources: `model` is a folder in the official, Diffusers or wanfast's own layout, a ComfyUI folder with
+            `diffusion_models/`, one file or the folder of one DiT's shards or blocks (of a pair, the other is found by
+            its name), an alias such as `t2v-a14b`, or a Hub id. `high` and `low` name the experts' files or folders
+            instead. The other parts are the model's own unless named; for single files they are looked for beside them
+            and in ComfyUI's folders.
 
     Raises:
         RequestError: the sources contradict each other.
@@ -65,16 +73,28 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
     given = _given(sources)
     model = None if sources.model is None else Path(sources.model).expanduser()
     experts = {name: Path(path).expanduser() for name, path in _named_experts(sources).items()}
-    if experts and model is not None and not model.is_file():
-        raise RequestError(f"model: must be a file or left out beside high and low, got {sources.model}")
-    if experts or (model is not None and model.is_file()):
+    is_one_dit = model is not None and (model.is_file() or _is_dit_folder(model))
+    if experts and model is not None and not is_one_dit:
+        raise RequestError(
+            f"model: must be one DiT's file or folder, or left out, beside high and low, got {sources.model}"
+        )
+    if experts or is_one_dit:
         return _from_files(model, experts, given)
     if model is None:
         raise RequestError("model: must be given, got none; name a folder, a file, or t2v-a14b, i2v-a14b or ti2v-5b")
     if model.is_dir() and nearby.comfy_root(model) in (model, model / "models"):
         return _from_comfy(model, given)
     repository = None if model.exists() else hub.repository_of(str(sources.model))
-    return open_checkpoint(model, given) if repository is None else _from_hub(repository, given)
+    return _from_folder(model, given) if repository is None else _from_hub(repository, given)
+
+
+def _is_dit_folder(path: Path) -> bool:
+    return nearby.is_dit_folder(path) and not (path / MANIFEST).exists()
+
+
+def _from_folder(folder: Path, given: Given) -> Checkpoint:
+    is_ready = (folder / MANIFEST).is_file()
+    return open_ready(folder, given) if is_ready else open_checkpoint(folder, given)
 
 
 def _named_experts(sources: Sources) -> dict[ExpertName, str | Path]:
@@ -96,10 +116,10 @@ def _from_hub(repository: str, given: Given) -> Checkpoint:
     folder = hub.cached_folder(repository)
     if folder is not None:
         try:
-            return open_checkpoint(folder, given)
+            return _from_folder(folder, given)
         except CheckpointError:  # incomplete: the download says what it adds, and what is still wrong is told after it
             _LOG.info("%s: not complete in the cache", repository)
-    return open_checkpoint(hub.download(repository), given)
+    return _from_folder(hub.download(repository), given)
 
 
 def _from_comfy(folder: Path, given: Given) -> Checkpoint:
@@ -152,6 +172,7 @@ def _from_files(model: Path | None, named: dict[ExpertName, Path], given: Given)
         paths = _both_experts(model, dict(named), notes)
         experts = {name: dit if path == first else open_part(path, "dit").reader for name, path in paths.items()}
     check_experts_agree(list(experts.values()))
+    check_experts_differ(list(experts.values()))
     inside = {part.kind: part for part in parts}
     z_dim, width = dit_channels(dit)[1], dit.shape("text_embedding.0.weight")[-1]
     vae = given.vae or _found("vae", first, inside, lambda vae: vae.shape("conv2.weight")[0] == z_dim, notes).reader

@@ -37,10 +37,27 @@ def expert_by_name(path: Path) -> ExpertName | None:
 
 
 def partner_paths(path: Path) -> list[Path]:
-    """Where the other expert of a pair lies: the same path with the other word in its name, its folder's or both."""
+    """Where the other expert of a pair lies: the same path with the other word in its name, its folder's or both.
+
+    Of a file these are files, of a folder folders.
+    """
     name, folder = _swapped(path.name), _swapped(path.parent.name)
     places = {path.parent / name, path.parent.parent / folder / path.name, path.parent.parent / folder / name}
-    return sorted(place for place in places - {path} if place.is_file())
+    return sorted(place for place in places - {path} if place.exists() and place.is_dir() == path.is_dir())
+
+
+def is_dit_folder(path: Path) -> bool:
+    """Whether a path is a folder with the shards or blocks of one DiT, and not of a whole model."""
+    marks = ("model_index.json", "transformer", "high_noise_model", "low_noise_model")
+    if not path.is_dir() or any((path / mark).exists() for mark in marks) or any(path.glob("*.pth")):
+        return False
+    if comfy_root(path) in (path, path / "models"):
+        return False
+    files = [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+    is_split = any(path.glob("*.safetensors.index.json")) or any(file.name.startswith("block_") for file in files)
+    # The root of the official 5B model has a config too, but is no expert by its name.
+    is_free = expert_by_name(path) is not None or not (path / "config.json").exists()
+    return is_free and (is_split or len(files) == 1)
 
 
 def pair_key(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from wanfast.checkpoint.files import TensorRef
+from wanfast.checkpoint.gguf_vocabulary import gguf_vocabulary
 from wanfast.checkpoint.names import (
     dit_from_diffusers,
     text_from_llama_cpp,
@@ -59,7 +60,7 @@ def open_parts(path: str | Path) -> list[Part]:
     """Open the parts that a file holds, or the one checkpoint in a folder; headers only.
 
     Args:
-        path: `.safetensors`, `.safetensors.index.json`, `.pth`, `.pt`, or a folder with one safetensors checkpoint.
+        path: `.safetensors`, `.safetensors.index.json`, `.gguf`, `.pth`, `.pt`, or a folder with one checkpoint.
 
     Returns:
         At least one part; tensors under a prefix that belong to none are left out.
@@ -69,8 +70,9 @@ def open_parts(path: str | Path) -> list[Part]:
     """
     path = Path(path)
     reader = open_folder(path) if path.is_dir() else open_file(path)
-    if path.suffix == ".safetensors" and not path.is_dir():
-        check_header(path)
+    for file in sorted({reader.file_of(name) for name in reader.names()}):
+        if file.suffix == ".safetensors":
+            check_header(file)
     groups: dict[str, dict[str, str]] = {}
     for name in reader.names():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
@@ -111,11 +113,19 @@ def _part(reader: Reader) -> Part | None:
     for kind, naming in namings:
         if not _has_kind(kind, naming.values()):
             continue
-        vocabulary = _vocabulary(reader) if kind == "text" else None
-        if vocabulary is not None:
+        own = _vocabulary(reader) if kind == "text" else None
+        if own is not None:
             del naming[_SENTENCEPIECE]
-        return Part(kind, open_scaled(reader.renamed(naming)), vocabulary)
+        named = open_scaled(reader.renamed(naming))
+        return Part(kind, named, own or (_gguf_vocabulary(named) if kind == "text" else None))
     return None
+
+
+def _gguf_vocabulary(reader: Reader) -> TensorRef | None:
+    table = "token_embedding.weight"
+    if table not in reader.names() or reader.file_of(table).suffix != ".gguf":
+        return None
+    return gguf_vocabulary(reader.file_of(table), reader.shape(table)[0])
 
 
 def _vocabulary(reader: Reader) -> TensorRef | None:

@@ -3,9 +3,11 @@
 Opening reads headers only. A loaded tensor is a view of the memory-mapped file: no bytes are copied, the operating
 system fetches the pages that are touched and may drop them again.
 
-Source: Hugging Face's sharded checkpoints, `<name>.safetensors.index.json` with a `weight_map` from tensor to file.
+Sources: Hugging Face's sharded checkpoints, `<name>.safetensors.index.json` with a `weight_map` from tensor to file;
+ModelTC/LightX2V, tools/convert/converter.py, --save_by_block, `block_<n>.safetensors` and `non_block.safetensors`.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,9 +18,13 @@ from torch import Tensor
 from wanfast.checkpoint.files import TensorRef, read_json, refuse_pointer
 from wanfast.checkpoint.gguf_format import gguf_refs
 from wanfast.checkpoint.names import gguf_to_official
-from wanfast.checkpoint.safetensors_format import safetensors_refs
+from wanfast.checkpoint.packed_format import VERSION_KEY, packed_refs
+from wanfast.checkpoint.safetensors_format import safetensors_metadata, safetensors_refs
 from wanfast.errors import CheckpointError
 from wanfast.stored import Weight
+
+_BLOCK_FILE = re.compile(r"block_(\d+)\.safetensors")
+_OUTSIDE_BLOCKS = "non_block.safetensors"
 
 
 class Reader:
@@ -116,21 +122,54 @@ def open_file(path: str | Path) -> Reader:
 
 
 def open_folder(folder: str | Path) -> Reader:
-    """Open the one safetensors checkpoint in a folder: its index with all shards, or its single file.
+    """Open the one checkpoint in a folder: its index with all shards, its files of blocks, or its single file.
+
+    A GGUF file is taken where there is no safetensors file.
 
     Raises:
         CheckpointError: there is none, there are several, or a file in it cannot be used.
     """
     folder = Path(folder)
-    for pattern, opener in (("*.safetensors.index.json", open_sharded), ("*.safetensors", open_safetensors)):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return opener(found[0])
-        if found:
-            names = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
-            rule = "keep one" if "index" in pattern else "shards need their .safetensors.index.json; download it too"
-            raise CheckpointError(f"{folder}: {len(found)} files match {pattern} ({names}); {rule}")
-    raise CheckpointError(f"{folder}: holds no .safetensors file; download the folder again")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        return open_sharded(_only(folder, "*.safetensors.index.json", indices, "keep one"))
+    files = sorted(folder.glob("*.safetensors"))
+    if any(_BLOCK_FILE.fullmatch(file.name) for file in files):
+        return _open_blocks(folder, files)
+    if files:
+        return open_safetensors(
+            _only(folder, "*.safetensors", files, "shards need their .safetensors.index.json; download it too")
+        )
+    packed = sorted(folder.glob("*.gguf"))
+    if packed:
+        return open_gguf(_only(folder, "*.gguf", packed, "keep one"))
+    raise CheckpointError(f"{folder}: holds no .safetensors file and no .gguf file; download the folder again")
+
+
+def _only(folder: Path, pattern: str, found: list[Path], rule: str) -> Path:
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:3]) + (", ..." if len(found) > 3 else "")
+        raise CheckpointError(f"{folder}: {len(found)} files match {pattern} ({names}); {rule}")
+    return found[0]
+
+
+def _open_blocks(folder: Path, files: list[Path]) -> Reader:
+    """Open a folder with a file for each block, and the rest beside them; which block is the last is not told here."""
+    numbers = {int(match[1]) for file in files if (match := _BLOCK_FILE.fullmatch(file.name))}
+    missing = [f"block_{number}.safetensors" for number in range(len(numbers)) if number not in numbers]
+    missing += [_OUTSIDE_BLOCKS] if len(files) == len(numbers) else []
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]}: missing ({len(missing)} of the files that hold the model block by block: "
+            f"{', '.join(missing)}); download them"
+        )
+    refs: dict[str, TensorRef] = {}
+    for file in files:
+        for name, ref in safetensors_refs(file).items():
+            if name in refs:
+                raise CheckpointError(f"{file}: tensor {name} is also in {refs[name].file.name}; keep one copy")
+            refs[name] = ref
+    return Reader(refs, folder)
 
 
 def open_sharded(index: str | Path) -> Reader:
@@ -177,7 +216,9 @@ def open_safetensors(path: str | Path) -> Reader:
     Raises:
         CheckpointError: the file cannot be read, or breaks the format: named with the tensor at fault.
     """
-    return Reader(safetensors_refs(Path(path)), Path(path))
+    path = Path(path)
+    refs = safetensors_refs(path)
+    return Reader(packed_refs(refs) if VERSION_KEY in safetensors_metadata(path) else refs, path)
 
 
 def open_gguf(path: str | Path) -> Reader:

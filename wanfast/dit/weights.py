@@ -6,7 +6,7 @@ Source: Wan-Video/Wan2.2, wan/modules/model.py, WanModel.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from wanfast.config import DiTConfig
 from wanfast.errors import CheckpointError
 from wanfast.linear import Linear
 
+_CPU_VECTOR_BYTES = 64
 HEAD_DIM = 128  # of every Wan model; a checkpoint's tensors do not tell it
 
 
@@ -154,6 +155,11 @@ def _linear_tensors(prefix: str, out_features: int, in_features: int) -> dict[st
     return {f"{prefix}.weight": (out_features, in_features), f"{prefix}.bias": (out_features,)}
 
 
+def is_fp32(name: str) -> bool:
+    """Whether a tensor, by its official name, is fp32 in every precision: norms, modulation, timestep and head."""
+    return "norm" in name or name.endswith("modulation") or name.startswith(("time_", "head."))
+
+
 def load_block(reader: Reader, config: DiTConfig, index: int, dtype: torch.dtype) -> BlockWeights:
     """Load one block.
 
@@ -216,9 +222,21 @@ def load_outer(reader: Reader, config: DiTConfig, dtype: torch.dtype) -> OuterWe
         patch_embedding=Linear(patch_weight.flatten(1), patch_bias),
         text_in=read_linear(reader, "text_embedding.0", dim, config.text_dim, dtype=dtype),
         text_out=read_linear(reader, "text_embedding.2", dim, dim, dtype=dtype),
-        time_in=read_linear(reader, "time_embedding.0", dim, config.freq_dim, dtype=fp32),
-        time_out=read_linear(reader, "time_embedding.2", dim, dim, dtype=fp32),
-        time_projection=read_linear(reader, "time_projection.1", 6 * dim, dim, dtype=fp32),
+        time_in=_aligned(read_linear(reader, "time_embedding.0", dim, config.freq_dim, dtype=fp32)),
+        time_out=_aligned(read_linear(reader, "time_embedding.2", dim, dim, dtype=fp32)),
+        time_projection=_aligned(read_linear(reader, "time_projection.1", 6 * dim, dim, dtype=fp32)),
         head_modulation=read_tensor(reader, "head.modulation", (1, 2, dim), dtype=fp32),
-        head=read_linear(reader, "head.head", head_rows, dim, dtype=fp32),
+        head=_aligned(read_linear(reader, "head.head", head_rows, dim, dtype=fp32)),
     )
+
+
+def _aligned(layer: Linear) -> Linear:
+    """Copy an fp32 matrix that lies at an odd address in its file.
+
+    A CPU sums a product in an order that depends on where the matrix begins: aligned, the same numbers give the same
+    result whatever file they came from. A difference here would pass through every rounding to bf16 after it.
+    """
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.data_ptr() % _CPU_VECTOR_BYTES == 0:
+        return layer
+    return replace(layer, weight=weight.clone())

@@ -1,17 +1,18 @@
-"""Builds a vocabulary from a SentencePiece model: the `spiece.model` beside umT5, or the same bytes in a tensor file.
+"""Builds a vocabulary from a SentencePiece model: the `spiece.model` beside umT5, or what a tensor file holds of it.
 
-Only a unigram model is read, which T5's are. Special tokens spelled out in a text become their ids, as they do with the
-model's `tokenizer.json`.
+Only a unigram model is read, which T5's are. Special tokens and pieces of bytes (`<0x41>`) that are spelled out in a
+text become their ids, as with the model's `tokenizer.json`; all else gets SentencePiece's own ids.
 
 Source: google/sentencepiece, src/sentencepiece_model.proto (the message) and src/normalizer.cc (white space).
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 _MAX_BYTES = 100_000_000  # umT5's has 4.5 million
 _SPACE = "▁"
@@ -63,21 +64,28 @@ def read_sentencepiece(data: bytes) -> tokenizers.Tokenizer:
     if len(unknown) != 1:
         raise ValueError(f"it has {len(unknown)} unknown pieces instead of one")
     vocabulary = tokenizers.Tokenizer(
-        models.Unigram(
-            [(piece.text, piece.score) for piece in pieces],
-            unk_id=unknown[0],
-            byte_fallback=bool(trainer.get(_BYTE_FALLBACK, 0)),
-        )
+        models.Unigram(_words(pieces), unk_id=unknown[0], byte_fallback=bool(trainer.get(_BYTE_FALLBACK, 0)))
     )
     vocabulary.normalizer = _normalizer(normalizer)
     prefix = "always" if normalizer.get(_ADD_DUMMY_PREFIX, 1) else "never"
-    vocabulary.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
     vocabulary.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme=prefix, split=False)
     special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
     vocabulary.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     own = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
     vocabulary.add_tokens([AddedToken(text, normalized=False) for text in own])
     return vocabulary
+
+
+def _words(pieces: list[_Piece]) -> list[tuple[str, float]]:
+    """Text and score of each piece; an unused one keeps its id and is never met.
+
+    The lowest score of all decides what an unknown character costs, and only normal pieces count for that.
+    """
+    lowest = min((piece.score for piece in pieces if piece.kind == _NORMAL), default=0.0)
+    return [
+        (f" {index}", lowest) if piece.kind == _UNUSED else (piece.text, max(piece.score, lowest))
+        for index, piece in enumerate(pieces)  # a text has no space left when it meets the pieces
+    ]
 
 
 def _check_kind(pieces: list[_Piece], trainer: dict[int, int | bytes], normalizer: dict[int, int | bytes]) -> None:
@@ -98,6 +106,9 @@ def _normalizer(spec: dict[int, int | bytes]) -> normalizers.Normalizer:
             raise ValueError(f"its normaliser cannot be read ({error})") from None
     if spec.get(_REMOVE_EXTRA_SPACE, 1):
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.get(_ADD_DUMMY_PREFIX, 1):  # even before a space of the text's own, which tokenizers' Metaspace leaves out
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
     return normalizers.Sequence(steps)
 
 
@@ -107,7 +118,7 @@ def _piece(data: bytes) -> _Piece:
     if not isinstance(kind, int):
         raise ValueError("a piece has no valid type")
     value = struct.unpack("<f", struct.pack("<I", score))[0] if isinstance(score, int) else float("nan")
-    if value != value:
+    if not math.isfinite(value):
         raise ValueError("a piece has no valid score")
     return _Piece(_message(fields.get(_PIECE_TEXT, b"")).decode("utf-8"), value, kind)
 
@@ -142,6 +153,8 @@ def _fields(data: bytes) -> Iterator[_Field]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 128:  # most are: umT5's has 1.5 million
+        return data[at], at + 1
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):

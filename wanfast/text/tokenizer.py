@@ -121,6 +121,7 @@ def tokenize(tokenizer: Tokenizer, text: str, max_length: int) -> TokenIds:
 
     Raises:
         RequestError: max_length < 1, or the text is not valid Unicode.
+        CheckpointError: the vocabulary's file is damaged in a way that only shows here.
     """
     if max_length < 1:
         raise RequestError(f"max_length: must be >= 1, got {max_length}; </s> alone takes one token")
@@ -130,6 +131,11 @@ def tokenize(tokenizer: Tokenizer, text: str, max_length: int) -> TokenIds:
         surrogate = text[error.start]
         raise RequestError(f"prompt: must be valid Unicode, got {surrogate!r} at position {error.start}") from None
     # The file's own post-processor is left out: it may add </s>, another token or none.
-    ids = tokenizer.vocabulary.encode(text, add_special_tokens=False).ids
+    try:
+        ids = tokenizer.vocabulary.encode(text, add_special_tokens=False).ids
+    except BaseException as error:  # what tokenizers raises where its tables lead it astray is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{tokenizer.path}: its normaliser is damaged ({error}); download it again") from None
     kept = ids[: max_length - 1]
     return TokenIds((*kept, tokenizer.end_id), num_dropped=len(ids) - len(kept))
