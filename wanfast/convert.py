@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,6 +27,7 @@ from wanfast.checkpoint.reader import Reader
 from wanfast.checkpoint.ready_layout import TEXT_ENCODER, TOKENIZER, VAE, expert_file, write_manifest
 from wanfast.dit.weights import is_fp32
 from wanfast.errors import CheckpointError, RequestError
+from wanfast.locks import lock_file
 from wanfast.model import Model
 from wanfast.stored import ScaledWeight, Weight
 
@@ -37,6 +39,7 @@ _EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _STATE = "conversion.json"  # in an unfinished folder: what it is to become, and of what
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _QUANTIZED = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+_A_MATRIX = "blocks.0.ffn.0.weight"
 _ROOM_FOR_HEADERS = 1 << 24
 
 
@@ -63,48 +66,69 @@ def convert_model(
     """
     if precision not in get_args(StoredPrecision):
         raise RequestError(f"precision: must be exact, fp8 or int8, got {precision!r}; try int8")
-    target = _checked_output(Path(output).expanduser())
-    files = _files_to_write(model, precision)
-    _warn_of_second_rounding(model, precision)
-    building = target.with_name(f"{target.name}.partial")
-    _claim(building, model, precision)
-    _check_room(building, [packed_bytes(groups) for groups in files.values()])
+    target = Path(output).expanduser()
+    building = target.with_name(f"{target.name}.partial") if target.name else target
     try:
-        for name, groups in files.items():
-            if not (building / name).exists():
-                told = _told(on_progress, name, packed_bytes(groups))
-                write_packed(building / name, groups, {"format": "pt", "precision": precision}, told)
-        model.tokenizer.vocabulary.save(str(building / TOKENIZER))
-        write_manifest(building, model.config, precision)
-        (building / _STATE).unlink()
-        building.rename(target)
+        _check_output(target)
+        with _claimed(building, _state_of(model, precision)):
+            _check_output(target)  # another process may have made it until the claim
+            files = _files_to_write(model, precision)
+            _warn_of_rounding(model, precision)
+            _check_room(building, [packed_bytes(groups) for groups in files.values()])
+            for name, groups in files.items():
+                if not (building / name).exists():
+                    told = _told(on_progress, name, packed_bytes(groups))
+                    write_packed(building / name, groups, {"format": "pt", "precision": precision}, told)
+            model.tokenizer.vocabulary.save(str(building / TOKENIZER))
+            write_manifest(building, model.config, precision, made_from=_names(model))
+            building.rename(target)  # from here on it is whole, whatever becomes of the note that it was not
+            (target / _STATE).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{building}: cannot be written ({error.strerror or error})") from None
     return target
 
 
-def _checked_output(target: Path) -> Path:
-    if target.exists():
+def _check_output(target: Path) -> None:
+    if not target.name or os.path.lexists(target):
         raise RequestError(f"output: must not exist yet, got {target}; choose another name")
-    if not target.name or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise RequestError(f"output: must lie in a folder that can be written to, got {target}; make that folder first")
-    return target
 
 
-def _claim(building: Path, model: Model, precision: str) -> None:
-    """Begin an unfinished folder, or find one of the same conversion."""
-    sources = sorted({reader.ref(name).file.absolute() for reader in _readers(model) for name in reader.names()})
+def _state_of(model: Model, precision: str) -> bytes:
+    """What a folder is to become, and of what."""
+    sources = sorted({reader.ref(name).file.resolve() for reader in _readers(model) for name in reader.names()})
     marks = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
-    state = json.dumps({"model": model.config.name, "precision": precision, "files": marks}, indent=1)
-    found = (building / _STATE).read_text() if (building / _STATE).is_file() else None
-    if building.exists() and found != state:
-        raise RequestError(
-            f"output: must not have the unfinished folder of another conversion beside it, got {building}; "
-            "delete that folder or choose another name"
-        )
-    if found is None:
+    return json.dumps({"model": model.config.name, "precision": precision, "files": marks}, indent=1).encode()
+
+
+def _names(model: Model) -> list[str]:
+    """The experts' files, which may say what a model was distilled to."""
+    files = sorted({reader.ref(name).file for reader in model.experts.values() for name in reader.names()})
+    return [*model.made_from, *(f"{file.parent.name}/{file.name}" for file in files)]
+
+
+@contextmanager
+def _claimed(building: Path, state: bytes) -> Iterator[None]:
+    """Begin an unfinished folder, or find one of the same conversion, and keep other processes out of it."""
+    with suppress(FileExistsError):
         building.mkdir()
-        (building / _STATE).write_text(state)
+    with (building / _STATE).open("a+b") as file:
+        if not lock_file(file):
+            raise RequestError(
+                f"output: must not be written by two processes at once, got {building}, which another one is writing"
+            )
+        file.seek(0)
+        found = file.read()
+        if found not in (state, b"") or (found == b"" and len(list(building.iterdir())) > 1):
+            raise RequestError(
+                f"output: must not have the unfinished folder of another conversion beside it, got {building}; "
+                "delete that folder or choose another name"
+            )
+        if found == b"":
+            file.write(state)
+            file.flush()
+        yield
 
 
 def _readers(model: Model) -> list[Reader]:
@@ -116,7 +140,7 @@ def _check_room(building: Path, sizes: Iterable[int]) -> None:
     needed, free = sum(sizes) + _ROOM_FOR_HEADERS - there, shutil.disk_usage(building).free
     if needed > free:
         raise RequestError(
-            f"output: must have {needed / 1e9:.1f} GB of room on its disk, got {building} with {free / 1e9:.1f} GB free"
+            f"output: must have {needed / 1e6:,.0f} MB of room on its disk, got {building} with {free / 1e6:,.0f} MB"
         )
 
 
@@ -132,8 +156,15 @@ def _told(on_progress: OnProgress | None, name: str, total: int) -> Callable[[in
     return told
 
 
-def _warn_of_second_rounding(model: Model, precision: StoredPrecision) -> None:
+def _warn_of_rounding(model: Model, precision: StoredPrecision) -> None:
+    """Say where numbers change in a way that the precision's name does not tell."""
     if precision == "exact":
+        wide = [reader for reader in model.experts.values() if reader.dtype(_A_MATRIX) == torch.float32]
+        if wide:
+            _LOG.warning(
+                "%s holds fp32; the folder gets what precision exact rounds it to, so use the original files with fp32",
+                wide[0].path,
+            )
         return
     kept = str(_EIGHT_BIT[precision]).removeprefix("torch.")
     kinds: Counter[str] = Counter()

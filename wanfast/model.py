@@ -34,6 +34,7 @@ class Model:
     found_at: str | None  # what `Sources.model` led to, an absolute path; None for files alone and wan-tiny
     files: Mapping[str, str]  # the parts that were named one by one: absolute paths by names of `Sources`
     notes: tuple[str, ...] = ()  # what was decided by names and places of files
+    made_from: tuple[str, ...] = ()  # names of the files it was converted from
 
 
 def open_model(sources: str | Path | Sources) -> Model:
@@ -63,6 +64,7 @@ def open_model(sources: str | Path | Sources) -> Model:
         found_at=_model_path(sources, checkpoint),
         files=sources.parts,
         notes=checkpoint.notes,
+        made_from=checkpoint.made_from,
     )
 
 

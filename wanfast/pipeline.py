@@ -130,7 +130,7 @@ def settings_for(model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str
 def warn_of_preset(model: LoadedModel, plan: Plan, loras: Iterable[Lora]) -> None:
     """Log a warning where file names speak of few steps and the plan has many."""
     readers = [*model.model.experts.values(), *(lora.reader for lora in loras)]
-    note = preset_note(plan, [f"{reader.path.parent.name}/{reader.path.name}" for reader in readers])
+    note = preset_note(plan, [*model.model.made_from, *(f"{r.path.parent.name}/{r.path.name}" for r in readers)])
     if note is not None:
         _log.warning("%s", note)
 

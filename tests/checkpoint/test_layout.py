@@ -367,9 +367,9 @@ def test_a_folder_may_bring_its_own_sampling_defaults(tmp_path):
     ("content", "message"),
     [
         ({"widht": 64}, "widht: is not a setting, known are name, width"),
-        ({"width": "64"}, "width: must be a whole number, at least 1, got '64'"),
+        ({"width": "64"}, "width: must be a whole number from 1 to 16384, got '64'"),
         ({"num_frames": True}, "num_frames: must be a whole number"),
-        ({"fps": 0}, "fps: must be a whole number, at least 1, got 0"),
+        ({"fps": 0}, "fps: must be a whole number from 1 to 1000, got 0"),
         ({"shift": 0}, "shift: must be a number above 0"),
         ({"guidance_low": None}, "guidance_low: must be a number, got None"),
         ({"guidance": float("inf")}, "guidance: must be a number, got inf"),

@@ -147,7 +147,8 @@ def test_names_that_say_nothing_need_the_flags(models):
 def test_several_models_in_a_folder_are_listed_and_none_is_guessed(models):
     write_comfy(models, task="i2v")
     with pytest.raises(
-        CheckpointError, match=r"2 Wan 2\.2 models; name one: --high wan2\.2_i2v.*\| --high wan2\.2_t2v"
+        CheckpointError,
+        match=r"2 Wan 2\.2 models; name one: --high /\S+/wan2\.2_i2v\S+ --low /\S+ \| --high /\S+/wan2\.2_t2v",
     ):
         find_checkpoint(Sources(model=models))
 

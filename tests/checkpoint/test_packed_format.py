@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_block_is_one_run_of_whole_pages(tmp_path: Path) -> None:
         spans = {name: header[name]["data_offsets"] for name in tensors_of(index)}
         assert min(begin for begin, _ in spans.values()) == place
         ordered = sorted(spans.values())
-        assert all(end == begin for (_, end), (begin, _) in zip(ordered, ordered[1:], strict=False))
+        assert all(end == begin for (_, end), (begin, _) in pairwise(ordered))
         q, k = (spans[f"blocks.{index}.{name}.weight"] for name in "qk")
         assert q[1] == k[0], "matrices that take the same input are one matrix"
         place = -(-ordered[-1][1] // PAGE_BYTES) * PAGE_BYTES

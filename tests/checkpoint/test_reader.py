@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path):
 
 _MEASURE = """
 import sys
+import zipfile
 from wanfast.checkpoint.reader import open_file
 
 def resident():
@@ -351,3 +353,23 @@ def test_a_file_that_shrinks_after_opening_is_refused_when_loaded(tmp_path):
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be mapped any more"):
         reader.load("a")
+
+
+def test_a_pickle_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(1 << 24))
+    with pytest.raises(CheckpointError, match=r"bomb\.pth: its entry bomb/data\.pkl is compressed"):
+        open_file(path)
+
+
+def test_a_file_that_shrinks_under_a_view_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(10_000), "b": torch.ones(10_000)}, path)
+    reader = open_file(path)
+    kept = reader.load("a")
+    with path.open("r+b") as file:
+        file.truncate(50_000)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: has shrunk"):
+        reader.load("b")
+    assert kept.shape == (10_000,)

@@ -9,6 +9,7 @@ from typing import Any
 from wanfast.checkpoint.files import read_json
 from wanfast.errors import CheckpointError
 
+_LARGEST = {"width": 16_384, "height": 16_384, "num_frames": 100_001, "num_inference_steps": 1000, "fps": 1000}
 FILE_NAME = "wanfast.json"
 
 
@@ -59,11 +60,11 @@ def _broken_rule(key: str, value: Any) -> str:
     """The rule that a value breaks, or nothing."""
     if key == "name":
         return "" if isinstance(value, str) and value else "a text"
-    if key in ("width", "height", "num_frames", "num_inference_steps", "fps"):
-        return "" if type(value) is int and value >= 1 else "a whole number, at least 1"
+    if key in _LARGEST:
+        return "" if type(value) is int and 1 <= value <= _LARGEST[key] else f"a whole number from 1 to {_LARGEST[key]}"
     is_number = type(value) in (int, float) and math.isfinite(value)
     if key == "shift":
-        return "" if is_number and value > 0 else "a number above 0"
+        return "" if is_number and 0 < value <= 1000 else "a number above 0, at most 1000"
     if key == "boundary":
         return "" if is_number and 0 < value < 1 else "a number between 0 and 1"
     return "" if is_number else "a number"

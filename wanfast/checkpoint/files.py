@@ -113,6 +113,9 @@ class MappedFile:
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         pages = None if self._pages is None else self._pages()
+        if pages is not None and self._path.exists() and self._path.stat().st_size < self._length:
+            # A page that is mapped and no longer in the file ends the process when it is touched.
+            raise CheckpointError(f"{self._path}: has shrunk while it is in use; was it replaced?")
         if pages is None:
             pages = self._map()
             self._pages = weakref.ref(pages)

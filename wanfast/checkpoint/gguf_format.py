@@ -117,6 +117,8 @@ def _with_header(path: Path, read: Callable[["_Cursor"], _T]) -> tuple[_T, int]:
                 return read(_Cursor(pages, _COUNTS_AT)), file_bytes
     except OSError as error:
         raise unreadable(path, error) from None
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; {_DAMAGED}") from None
 

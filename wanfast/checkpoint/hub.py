@@ -32,6 +32,11 @@ def repository_of(name: str) -> str | None:
     return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else None
 
 
+def twins(repository: str) -> list[str]:
+    """The repositories that hold the same model in the other layout."""
+    return [f"{repository}-Diffusers"] if repository in ALIASES.values() else []
+
+
 def cached_folder(repository: str) -> Path | None:
     """The folder of a repository in the cache, complete or not; no network is used."""
     try:
@@ -53,6 +58,12 @@ def download(repository: str) -> Path:
         CheckpointError: offline, no such repository or not one of a whole model, no connection, or no room on the disk.
     """
     if constants.HF_HUB_OFFLINE:
+        folder = cached_folder(repository)
+        if folder is not None and not any((folder / mark).exists() for mark in _MARKS):
+            raise CheckpointError(
+                f"{folder}: is {repository} in the cache, but no folder of a whole model; name its files with --high"
+                " and --low, or --model"
+            )
         raise CheckpointError(
             f"{repository}: not complete in the cache, and HF_HUB_OFFLINE is set; unset it to download"
         )

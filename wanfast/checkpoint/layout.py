@@ -68,6 +68,7 @@ class Checkpoint:
     configs: Mapping[str, Config]  # raw JSON by expert name, "vae", "text", "model_index"; only those that exist
     defaults: SamplingDefaults
     notes: tuple[str, ...] = ()  # what was decided by names and places, for the user to see
+    made_from: tuple[str, ...] = ()  # names of the files it was converted from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ What is found by a name or a place, and not said by the user, is noted in the ch
 
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,12 +114,14 @@ def _given(sources: Sources) -> Given:
 
 
 def _from_hub(repository: str, given: Given) -> Checkpoint:
-    folder = hub.cached_folder(repository)
-    if folder is not None:
+    for name in (repository, *hub.twins(repository)):
+        folder = hub.cached_folder(name)
+        if folder is None:
+            continue
         try:
             return _from_folder(folder, given)
         except CheckpointError:  # incomplete: the download says what it adds, and what is still wrong is told after it
-            _LOG.info("%s: not complete in the cache", repository)
+            _LOG.info("%s: not complete in the cache", name)
     return _from_folder(hub.download(repository), given)
 
 
@@ -137,8 +140,10 @@ def _from_comfy(folder: Path, given: Given) -> Checkpoint:
     whole = [pair for pair in pairs.values() if len(pair) == 2]
     if len(singles) + len(whole) == 1:
         return _from_files(singles[0], {}, given) if singles else _from_files(None, whole[0], given)
-    choices = [f"--model {file.name}" for file in singles]
-    choices += [f"--high {pair['high_noise'].name} --low {pair['low_noise'].name}" for pair in whole]
+    choices = [f"--model {shlex.quote(str(file))}" for file in singles]
+    for pair in whole:
+        high, low = (shlex.quote(str(pair[name])) for name in ("high_noise", "low_noise"))
+        choices.append(f"--high {high} --low {low}")
     found = f"{len(choices)} Wan 2.2 models; name one: {' | '.join(choices)}" if choices else "no whole Wan 2.2 model"
     raise CheckpointError(f"{root}: diffusion_models/ holds {found}")
 

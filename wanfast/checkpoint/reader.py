@@ -8,7 +8,9 @@ ModelTC/LightX2V, tools/convert/converter.py, --save_by_block, `block_<n>.safete
 """
 
 import re
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -240,6 +242,7 @@ def open_pickle(path: str | Path) -> Reader:
     """
     path = Path(path)
     refuse_pointer(path)
+    _refuse_bomb(path)
     try:
         content = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes lead it to
@@ -262,6 +265,17 @@ def open_pickle(path: str | Path) -> Reader:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: tensor {name} is not a plain dense tensor; use the original file")
     return _tensors_reader(content, path)
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it holds, which torch writes none of; any other fault is told later."""
+    packed: list[str] = []
+    with suppress(OSError, zipfile.BadZipFile, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(
+            f"{path}: its entry {packed[0]} is compressed, which torch never does; use the original file"
+        )
 
 
 def _tensors_reader(tensors: Mapping[str, Tensor], path: Path) -> Reader:

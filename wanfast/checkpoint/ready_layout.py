@@ -8,7 +8,7 @@ Its files:
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,9 +25,10 @@ MANIFEST = "wanfast-model.json"
 TEXT_ENCODER, VAE, TOKENIZER = "text_encoder.safetensors", "vae.safetensors", "tokenizer.json"
 
 _VERSION = 1
-_KEYS = {"version", "task", "precision", "boundary", "dit", "text", "vae", "defaults"}
+_KEYS = {"version", "task", "precision", "boundary", "made_from", "dit", "text", "vae", "defaults"}
 _DIT_KEYS: dict[str, type] = {"num_heads": int, "eps": float, "text_len": int}
 _TEXT_KEYS: dict[str, type] = {"relative_attention_max_distance": int, "layer_norm_epsilon": float}
+_LARGEST: dict[type, float] = {int: 65_536, float: 1.0}
 _VAE_KEYS = ("latents_mean", "latents_std")
 
 
@@ -36,8 +37,8 @@ def expert_file(expert: ExpertName) -> str:
     return f"{expert}.safetensors"
 
 
-def write_manifest(folder: Path, config: ModelConfig, precision: str) -> None:
-    """Write `wanfast-model.json`: all of a model's numbers that its tensors do not tell."""
+def write_manifest(folder: Path, config: ModelConfig, precision: str, *, made_from: Sequence[str]) -> None:
+    """Write `wanfast-model.json`: all of a model's numbers that its tensors do not tell, and its files' names."""
     guidance = {expert.name: expert.guidance for expert in config.experts}
     defaults = {
         "name": config.name,
@@ -56,6 +57,7 @@ def write_manifest(folder: Path, config: ModelConfig, precision: str) -> None:
         "task": config.task,
         "precision": precision,
         "boundary": config.boundary,
+        "made_from": list(made_from),
         "dit": {key: getattr(config.dit, key) for key in _DIT_KEYS},
         "text": {
             "relative_attention_max_distance": config.text.max_distance,
@@ -79,7 +81,7 @@ def open_ready(folder: Path, given: Given) -> Checkpoint:
     """
     source = folder / MANIFEST
     content = read_json(source)
-    if content.get("version") != _VERSION:
+    if type(content.get("version")) is not int or content["version"] != _VERSION:
         raise CheckpointError(
             f"{source}: is of version {content.get('version')!r}, and this wanfast reads {_VERSION}; convert it again"
         )
@@ -112,11 +114,17 @@ def open_ready(folder: Path, given: Given) -> Checkpoint:
         | ({} if given.vae is not None else {"vae": content["vae"]})
         | ({} if given.text is not None else {"text": content["text"]}),
         defaults=parse_sampling_defaults(content["defaults"], source),
+        made_from=tuple(content["made_from"]),
     )
 
 
 def _check_numbers(source: Path, content: Mapping[str, Any]) -> None:
     """Refuse what could only come from an edit: later code believes these."""
+    if content["precision"] not in ("exact", "fp8", "int8"):
+        raise CheckpointError(f"{source}: precision: must be exact, fp8 or int8, got {content['precision']!r}")
+    names = content["made_from"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{source}: made_from: must be a list of names, got {names!r}")
     boundary, has_two = content["boundary"], len(EXPERTS[content["task"]]) == 2
     if not (boundary is None or (_is_number(boundary) and 0 < boundary < 1)) or (boundary is None) == has_two:
         rule = "between 0 and 1" if has_two else "null"
@@ -124,12 +132,15 @@ def _check_numbers(source: Path, content: Mapping[str, Any]) -> None:
     for section, keys in (("dit", _DIT_KEYS), ("text", _TEXT_KEYS)):
         for key, kind in keys.items():
             value = content[section].get(key)
-            if not (type(value) is int or (kind is float and _is_number(value))) or not 0 < value < math.inf:
-                raise CheckpointError(f"{source}: {section}.{key}: must be a number above 0, got {value!r}")
+            if not (type(value) is int or (kind is float and _is_number(value))) or not 0 < value <= _LARGEST[kind]:
+                rule = f"a number above 0, at most {_LARGEST[kind]}"
+                raise CheckpointError(f"{source}: {section}.{key}: must be {rule}, got {value!r}")
     for key in _VAE_KEYS:
         values = content["vae"].get(key)
         if not isinstance(values, list) or not all(_is_number(value) for value in values):
             raise CheckpointError(f"{source}: vae.{key}: must be a list of numbers, got {values!r}")
+    if not all(value > 0 for value in content["vae"]["latents_std"]):
+        raise CheckpointError(f"{source}: vae.latents_std: must be above 0, got {content['vae']['latents_std']!r}")
 
 
 def _is_number(value: object) -> bool:
