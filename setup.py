@@ -36,7 +36,15 @@ def _was_built(command: build_ext, ext: Pybind11Extension) -> bool:
 
 
 setup(
-    packages=["wanfast", "wanfast.checkpoint", "wanfast.dit", "wanfast.text", "wanfast.vae", "wanfast.kernels"],
+    packages=[
+        "wanfast",
+        "wanfast.checkpoint",
+        "wanfast.dit",
+        "wanfast.residency",
+        "wanfast.text",
+        "wanfast.vae",
+        "wanfast.kernels",
+    ],
     package_dir={"wanfast": "wanfast", "wanfast.kernels": "kernels"},
     package_data={"wanfast": ["py.typed", "_C.pyi"]},
     ext_modules=[

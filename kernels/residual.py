@@ -20,14 +20,21 @@ from ._rows import row_strides, split_tokens
 from ._tiles import MAX_CHANNELS, row_tile
 
 
-def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0) -> Tensor:
+def gated_residual_reference(
+    x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0, overwrite: bool = False
+) -> Tensor:
     """The formula above in plain torch: the truth the kernel is held to, and the path without a GPU."""
     wide = y.float()
-    out = torch.empty_like(wide) if wide is y else wide  # a widened copy of y is free to take the result
+    if overwrite and x.dtype == torch.float32:
+        out = x
+    elif wide is y:
+        out = torch.empty_like(wide)
+    else:
+        out = wide  # a widened copy of y is free to take the result
     tokens = (split_tokens(tensor, gate.shape[1], first_tokens) for tensor in (x, wide, out))
     for r, (x_run, y_run, out_run) in enumerate(zip(*tokens, strict=True)):
         torch.addcmul(x_run.float(), y_run, gate[:, r : r + 1].float(), out=out_run)
-    return out.to(x.dtype)
+    return x.copy_(out) if overwrite else out.to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["T", "first_tokens"])
@@ -35,7 +42,7 @@ def _gated_residual_kernel(
     x_ptr,  # [B, T, C], contiguous
     y_ptr,  # [B, T, C], contiguous
     gate_ptr,  # [B, R, C], channels adjacent; R is 1 or 2
-    out_ptr,  # [B, T, C], contiguous
+    out_ptr,  # [B, T, C], contiguous; may be x: a program has read its token before it stores
     T,
     first_tokens,  # tokens that take gate row 0
     gate_stride_b,
@@ -63,9 +70,11 @@ def _gated_residual_kernel(
     tl.store(out_ptr + row + tail, x_tail + gate_tail * y_tail, mask=live)
 
 
-def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0) -> Tensor:
+def gated_residual_triton(
+    x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0, overwrite: bool = False
+) -> Tensor:
     """Launch the kernel on checked arguments."""
-    out = torch.empty_like(x)
+    out = x if overwrite else torch.empty_like(x)
     batch, tokens, channels = x.shape
     tile = row_tile(channels)
     with on_device_of(x):
@@ -85,7 +94,7 @@ def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: i
     return out
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0, overwrite: bool = False) -> Tensor:
     """Add `gate * y` to the residual stream, each token with the gate row it belongs to.
 
     Args:
@@ -94,9 +103,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0)
         gate: [B, R, C], channels adjacent, any of those dtypes, on x's device. R is 1 (one timestep per sample) or 2
             (the first tokens have a timestep of their own). Slices and expanded batches are fine.
         first_tokens: tokens [0, first_tokens) take row 0, the others the last row; of no effect where R is 1.
+        overwrite: return the result in x's memory.
 
     Returns:
-        [B, T, C] in x's dtype, rounded once from fp32. Nothing is written to.
+        [B, T, C] in x's dtype, rounded once from fp32. Nothing is written to unless `overwrite`.
 
     Raises:
         ValueError: a shape, dtype, stride, device or first_tokens is not as above.
@@ -107,4 +117,4 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, first_tokens: int = 0)
     require(y.device == x.device, f"y: must be on {x.device}, like x", y.device)
     check_modulation(x, gate, "gate", first_tokens)
     run = gated_residual_triton if runs_triton(x) else gated_residual_reference
-    return run(x, y, gate, first_tokens=first_tokens)
+    return run(x, y, gate, first_tokens=first_tokens, overwrite=overwrite)

@@ -110,7 +110,7 @@ def test_context_stands_in_for_prompts(t2v: wanfast.Pipeline) -> None:
     from wanfast.request import Request
 
     plan = t2v.plan(Request(PROMPT, negative_prompt=NEGATIVE))
-    contexts = encode_prompts(t2v.loaded, plan, lambda *_: None)
+    (contexts,) = encode_prompts(t2v.loaded, [plan], lambda *_: None)
     length = max(context.shape[1] for context in contexts)
     padded = torch.cat([torch.nn.functional.pad(c, (0, 0, 0, length - c.shape[1])) for c in contexts])
     arguments = options(t2v, output="latents", negative_prompt=None)

@@ -1,4 +1,4 @@
-"""The command line's door: `wanfast generate | plan | inspect | convert | rerun`.
+"""The command line's door: `wanfast generate | plan | inspect | convert | rerun | resume | doctor`.
 
 The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 130 cancelled (Ctrl-C),
 143 terminated (SIGTERM).
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _left_behind(command: str) -> str:
-    return "the same command goes on where it was" if command == "convert" else "nothing was written"
+    return "the same command goes on where it was" if command == "convert" else "no video was written"
 
 
 @contextmanager

@@ -30,7 +30,8 @@ _NOT_SUPPORTED = {
 # Arguments where "" would be taken for "not given".
 _NEVER_EMPTY = (
     *("model", "high", "low", "vae", "text_encoder", "tokenizer", "task", "image", "size", "device", "vram", "preset"),
-    *("output", "clip", "path"),
+    *("ram", "gpu", "stored"),
+    *("output", "clip", "run", "path", "prompts"),
 )
 _SOLVERS = {"unipc": "unipc", "dpm++": "dpmpp", "dpmpp": "dpmpp", "euler": "euler"}
 _REQUEST_ARGUMENTS = (
@@ -79,20 +80,20 @@ def build_parser() -> OneLineParser:
     add_generate_arguments(generate)
     plan = commands.add_parser("plan", help="show what generate would do; loads nothing", allow_abbrev=False)
     add_generate_arguments(plan)
+    add_machine_arguments(plan)
     inspect = commands.add_parser("inspect", help="say what a checkpoint, tensor file or clip is", allow_abbrev=False)
-    inspect.add_argument("path", help="folder, .safetensors, .pth or .mp4")
+    inspect.add_argument("path", help="folder, .safetensors, .gguf, .pth, LoRA or .mp4")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     convert = commands.add_parser("convert", help="write a model as one ready folder", allow_abbrev=False)
     _add_convert_arguments(convert)
+    doctor = commands.add_parser("doctor", help="say what this machine is and what it lacks", allow_abbrev=False)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     rerun = commands.add_parser("rerun", help="repeat a clip from the settings embedded in it", allow_abbrev=False)
     rerun.add_argument("clip", help="an .mp4 that wanfast wrote")
-    rerun.add_argument(
-        "--model", "--ckpt-dir", metavar="PATH", help="use this model folder instead of the recorded one"
-    )
-    rerun.add_argument("--image", metavar="FILE", help="use this picture instead of the recorded one")
-    rerun.add_argument("--lora", action="append", default=[], metavar="FILE", help="where a recorded LoRA is by now")
-    _add_device_arguments(rerun)
-    _add_output_arguments(rerun)
+    resume = commands.add_parser("resume", help="go on with a run that was stopped", allow_abbrev=False)
+    resume.add_argument("run", help="the .resume file beside the clip it was to become")
+    for command in (rerun, resume):
+        _add_repeat_arguments(command)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -103,6 +104,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", default=None, help="what to show")
     add("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
+    add("--prompts", metavar="FILE", help="make a clip of each line, into the folder -o; .jsonl lines may say more")
     _add_model_arguments(parser)
     add("--task", type=_task, metavar="NAME", help=f"check that the model is this one: {', '.join(MODELS)}")
     add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
@@ -135,6 +137,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="FILE", help="tokenizer.json or spiece.model; default: likewise")
 
 
+def _add_repeat_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", "--ckpt-dir", metavar="PATH", help="use this model folder instead of the recorded one")
+    add("--image", metavar="FILE", help="use this picture instead of the recorded one")
+    add("--lora", action="append", default=[], metavar="FILE", help="where a recorded LoRA is by now")
+    _add_device_arguments(parser)
+    _add_output_arguments(parser)
+
+
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_model_arguments(parser)
@@ -149,10 +160,18 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress, no notes")
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names another machine than this one, and how files that are not there would store a model."""
+    add = parser.add_argument
+    add("--gpu", metavar="NAME", help="plan for this card: 4090, 5090, h200, ...")
+    add("--stored", metavar="FORMAT", help="of a model named without files: bf16, fp8, int8, q8_0, q4_k, ...")
+
+
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     add("--vram", metavar="SIZE", help="device memory weights may keep, such as 24GB; default: what is free")
+    add("--ram", metavar="SIZE", help="host memory that may be used, such as 64GB; default: what is free")
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +232,9 @@ def _settle_generate(parser: OneLineParser, arguments: argparse.Namespace) -> No
         parser.error("prompt: given twice, as an argument and as --prompt")
     if arguments.prompt is None:
         arguments.prompt = arguments.prompt_flag
-    if arguments.prompt is None and arguments.image is None and arguments.command == "generate":
+    if arguments.prompts is not None:
+        _settle_batch(parser, arguments)
+    elif arguments.prompt is None and arguments.image is None and arguments.command == "generate":
         parser.error('prompt: must be given, got none, for example "a red circle moves left"')
     if arguments.prompt is None and arguments.command == "generate":
         arguments.prompt = ""
@@ -223,6 +244,13 @@ def _settle_generate(parser: OneLineParser, arguments: argparse.Namespace) -> No
         for flag, reason in _NOT_NEEDED.items()
         if getattr(arguments, flag.removeprefix("--").replace("-", "_")) is not None
     ]
+
+
+def _settle_batch(parser: OneLineParser, arguments: argparse.Namespace) -> None:
+    if arguments.command == "plan":
+        parser.error("prompts: must be left out, as a plan is of one clip; give one prompt")
+    if arguments.prompt is not None:
+        parser.error("prompts: must not be given beside a prompt; put it into the file")
 
 
 def _task(text: str) -> str:

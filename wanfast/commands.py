@@ -12,39 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from PIL import Image
-
-from wanfast.arguments import request_arguments
+from wanfast.batch_command import make_batch
 from wanfast.checkpoint.inspect import describe, format_description
 from wanfast.checkpoint.lookup import Sources
-from wanfast.config import MODELS, ModelConfig
+from wanfast.command_parts import absolute, kept_on_disk, note, request_for, sources_of
 from wanfast.convert import convert_model
+from wanfast.doctor import diagnose, findings_to_dict, format_findings, probe
 from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 from wanfast.generation import Inputs, generate_frames
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
 from wanfast.lora_summary import lora_summary
-from wanfast.model import open_model, vae_parameters
+from wanfast.model import open_model
 from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
-from wanfast.plan import Plan, Precision, format_plan, make_plan, plan_to_dict
-from wanfast.presets import apply_preset
+from wanfast.plan import Plan
+from wanfast.plan_command import show_plan
 from wanfast.progress import Progress
-from wanfast.request import Request, parse_size
-from wanfast.residency import parse_bytes
-from wanfast.settings import RecordedLora, image_digest, read_recorded
+from wanfast.run_state import RunState, read_run, resume_file
+from wanfast.settings import Recorded, RecordedLora, image_digest, read_recorded
 from wanfast.video import check_writable, probe_video, read_settings, write_video
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; what a user can mend is one line on stderr and code 2 for a bad request, 1 for the rest."""
-    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "convert": _convert, "rerun": _rerun}
+    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "convert": _convert}
+    commands |= {"rerun": _rerun, "resume": _resume, "doctor": _doctor}
     try:
         with _warnings_on_stderr():
             commands[arguments.command](arguments)
     except (RequestError, CheckpointError, MediaError, MemoryBudgetError, NumericsError) as error:
-        print(f"wanfast {arguments.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        told = " ".join(str(error).splitlines())
+        # A file can hold a name with any characters: those that steer a terminal are spelled out.
+        plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in told)
+        print(f"wanfast {arguments.command}: {plain}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
     return 0
 
@@ -62,60 +63,28 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is not None:
+        make_batch(arguments)
+        return
     _check_output(arguments)
     image = load_image(arguments.image) if arguments.image else None
     specs = [parse_lora(text) for text in arguments.lora]  # before a model is looked for, which may take a download
-    sources = _sources(arguments)
+    sources = sources_of(arguments)
     if arguments.task is not None and sources == Sources():
         raise RequestError(f"model: must be given with --task, got none; add --model {arguments.task.lower()}")
-    model = open_loaded(sources, precision=arguments.precision, vram=arguments.vram, device=arguments.device)
-    plan = plan_for(model, _request(arguments, model.config, image))
+    model = open_loaded(
+        sources, precision=arguments.precision, vram=arguments.vram, ram=arguments.ram, device=arguments.device
+    )
+    plan = plan_for(model, request_for(arguments, model.config, image))
     loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
-    _note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
+    note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
-    _make(arguments, model, plan, Inputs(image=image, loras=loras), _absolute(arguments.image))
+    _make(arguments, model, plan, Inputs(image=image, loras=loras), absolute(arguments.image))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     _check_output(arguments)
-    image = load_image(arguments.image) if arguments.image else None
-    row = None if _sources(arguments).parts else _row_by_name(arguments.model or arguments.task)
-    if row is not None:
-        precision: Precision = "fp32" if arguments.precision == "fp32" else "exact"
-        request = _request(arguments, row, image)
-        if arguments.vram is not None:
-            parse_bytes("vram", arguments.vram)
-        device = _device_to_plan_for(arguments.device or "cuda")
-        plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
-        loras = open_loras(arguments.lora, row, merge=arguments.merge_loras)
-    else:
-        model = open_loaded(
-            _sources(arguments), precision=arguments.precision, vram=arguments.vram, device=arguments.device
-        )
-        plan = plan_for(model, _request(arguments, model.config, image))
-        _note(arguments, *model.model.notes)
-        loras = open_loras(arguments.lora, model.config, model.model.experts, merge=arguments.merge_loras)
-        warn_of_preset(model, plan, loras)
-    _note(arguments, *map(describe_lora, loras))
-    print(json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=2) if arguments.json else format_plan(plan))
-
-
-def _device_to_plan_for(name: str) -> str:
-    """Check a device's name; the plan may be for another machine, so it need not be here."""
-    try:
-        is_known = torch.device(name).type in ("cpu", "cuda")
-    except RuntimeError:
-        is_known = False
-    if not is_known:
-        raise RequestError(f"device: must be cpu, cuda or cuda:N, got {name!r}")
-    return name
-
-
-def _row_by_name(name: str | None) -> ModelConfig | None:
-    """Find a model of the table by its name, unless a folder of that name is there."""
-    if name is None or Path(name).is_dir():
-        return None
-    return next((row for row in MODELS.values() if row.name.lower() == name.lower()), None)
+    show_plan(arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -132,11 +101,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    sources, started = _sources(arguments), time.perf_counter()
+    sources, started = sources_of(arguments), time.perf_counter()
     if sources == Sources():
         raise RequestError("model: must be given, got none; for example --model Wan2.2-T2V-A14B")
     model = open_model(sources)
-    _note(arguments, *model.notes)
+    note(arguments, *model.notes)
     output = arguments.output or f"{model.config.name}-{arguments.precision}"
     with Progress(is_shown=not arguments.quiet, unit="B") as progress:
         folder = convert_model(model, output, arguments.precision, on_progress=progress.update)
@@ -145,10 +114,31 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(json.dumps({"path": str(folder), "bytes": num_bytes, "seconds": seconds}) if arguments.json else folder)
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    machine = probe()
+    findings = diagnose(machine)
+    print(json.dumps(findings_to_dict(machine, findings), indent=2) if arguments.json else format_findings(findings))
+
+
 def _rerun(arguments: argparse.Namespace) -> None:
     recorded = read_recorded(read_settings(arguments.clip), arguments.clip)
     arguments.output = arguments.output or str(Path(arguments.clip).with_suffix("")) + "-rerun.mp4"
     _check_output(arguments)
+    _repeat(arguments, recorded)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    run = read_run(arguments.run)
+    recorded = read_recorded(run.settings, arguments.run)
+    arguments.output = arguments.output or run.output
+    is_its_own = resume_file(Path(arguments.output).absolute()) == Path(arguments.run).absolute()
+    _check_output(arguments, is_going_on=is_its_own)
+    _repeat(arguments, recorded, run.state)
+    Path(arguments.run).unlink(missing_ok=True)
+
+
+def _repeat(arguments: argparse.Namespace, recorded: Recorded, state: RunState | None = None) -> None:
+    """Make a clip from recorded settings, from its start or from where it was stopped."""
     image, image_path = None, arguments.image or recorded.image_path
     if recorded.image_sha256 is not None:
         if image_path is None:
@@ -161,12 +151,15 @@ def _rerun(arguments: argparse.Namespace) -> None:
     sources = Sources(model=recorded.model_path, **recorded.model_files)
     if arguments.model is not None:
         sources = Sources(model=arguments.model)
-    model = open_loaded(sources, precision=recorded.precision, vram=arguments.vram, device=arguments.device)
+    model = open_loaded(
+        sources, precision=recorded.precision, vram=arguments.vram, ram=arguments.ram, device=arguments.device
+    )
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     plan = plan_for(model, recorded.request)
     loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
-    _make(arguments, model, plan, Inputs(image=image, loras=loras), None if image is None else _absolute(image_path))
+    inputs = Inputs(image=image, loras=loras, state=state)
+    _make(arguments, model, plan, inputs, None if image is None else absolute(image_path))
 
 
 def _specs_again(recorded: Sequence[RecordedLora], given: Sequence[str]) -> list[LoraSpec]:
@@ -190,11 +183,11 @@ def _make(
     """Generate, encode and write one video; say where it is."""
     path = Path(arguments.output or _default_name(plan))
     check_writable(path)
-    _note(arguments, _headline(plan))
+    note(arguments, _headline(plan))
     settings = settings_for(model, plan, inputs, image_path)
     started = time.perf_counter()
-    with Progress(is_shown=not arguments.quiet) as progress:
-        chunks = generate_frames(model, plan, inputs, on_progress=progress.update)
+    with Progress(is_shown=not arguments.quiet) as progress, kept_on_disk(Path(path), settings, plan) as keeper:
+        chunks = generate_frames(model, plan, inputs, on_state=keeper.update, on_progress=progress.update)
         write_video(path, chunks, fps=plan.fps, settings=settings)
         seconds = progress.seconds()
     seconds["total"] = time.perf_counter() - started
@@ -209,25 +202,7 @@ def _make(
         print(path)
 
 
-def _request(arguments: argparse.Namespace, config: ModelConfig, image: Image.Image | None) -> Request:
-    """Turn a parsed line into a request."""
-    if arguments.task is not None and MODELS[arguments.task].task != config.task:
-        raise RequestError(
-            f"task: must be that of the model, got {arguments.task} for a {config.name} model; leave --task out"
-        )
-    width, height = parse_size(arguments.size, config) if arguments.size else (None, None)
-    asked = request_arguments(arguments)
-    image_size = None if image is None else image.size
-    request = Request(asked.pop("prompt"), width=width, height=height, image_size=image_size, **asked)
-    return apply_preset(request, arguments.preset)
-
-
-def _sources(arguments: argparse.Namespace) -> Sources:
-    """Pick from a parsed line what names the model's files."""
-    return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
-
-
-def _check_output(arguments: argparse.Namespace) -> None:
+def _check_output(arguments: argparse.Namespace, *, is_going_on: bool = False) -> None:
     """Refuse an output that could not be written, or that is there, before anything is loaded."""
     if arguments.output is None:
         return
@@ -237,6 +212,12 @@ def _check_output(arguments: argparse.Namespace) -> None:
         raise RequestError(
             f"output: must not exist yet, got {arguments.output}; choose another name or add --overwrite"
         )
+    unfinished = resume_file(Path(arguments.output))
+    if unfinished.exists() and not arguments.overwrite and not is_going_on:
+        raise RequestError(
+            f"output: must not have a stopped run beside it, got {unfinished}; `wanfast resume` it, choose another"
+            " name, or add --overwrite"
+        )
 
 
 def _default_name(plan: Plan) -> str:
@@ -244,7 +225,7 @@ def _default_name(plan: Plan) -> str:
     words = re.sub(r"[^\w]+", "-", plan.prompt or "video").strip("-")[:50]
     stem = f"{plan.model}-{words}-{plan.seed}"
     names = (f"{stem}{number}.mp4" for number in ("", *(f"-{n}" for n in range(2, 10_000))))
-    return next(name for name in names if not Path(name).exists())
+    return next(name for name in names if not (Path(name).exists() or resume_file(Path(name)).exists()))
 
 
 def _headline(plan: Plan) -> str:
@@ -254,16 +235,6 @@ def _headline(plan: Plan) -> str:
         f"{plan.model}: {plan.width}x{plan.height}, {frames}, {experts} steps, seed {plan.seed},"
         f" {plan.precision} on {plan.device}"
     )
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
-
-
-def _note(arguments: argparse.Namespace, *lines: str) -> None:
-    if not arguments.quiet:
-        for line in lines:
-            print(line, file=sys.stderr)
 
 
 def _format_clip(clip: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ What could be decided without a tensor was decided in the plan; where weights ar
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from wanfast.dit.condition import image_condition, keep_first_frame
 from wanfast.dit.model import predict_velocities
-from wanfast.errors import NumericsError, RequestError
+from wanfast.errors import MemoryBudgetError, NumericsError, RequestError
+from wanfast.forecast import bound_blocks
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.plan import Plan, ti2v_resize
-from wanfast.solvers import SOLVERS, History, Step
+from wanfast.prompt_cache import context_file, read_context, write_context
+from wanfast.run_state import RunState, map_state
+from wanfast.solvers import SOLVERS, Step
 from wanfast.text.tokenizer import clean_prompt, tokenize
 from wanfast.text.umt5 import encode_texts
 from wanfast.vae.decode import decode
@@ -33,7 +36,10 @@ from wanfast.video import to_uint8
 _log = logging.getLogger("wanfast")
 
 Block = TypeVar("Block")
+
+_CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch has no type for it
 OnStep = Callable[[Step, Tensor], None]
+OnState = Callable[[RunState], None]
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -47,6 +53,7 @@ class Inputs:
         None  # prompt and negative prompt encoded [2, T, text channels], instead of the plan's prompts
     )
     loras: tuple[Lora, ...] = ()  # opened for the model
+    state: RunState | None = None  # of a run that was stopped, to go on from
 
 
 @torch.no_grad()
@@ -56,6 +63,7 @@ def generate_frames(
     inputs: Inputs,
     *,
     on_step: OnStep | None = None,
+    on_state: OnState | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[Tensor]:
     """Make the video of a plan, chunk by chunk; arguments as in `generate_latents`.
@@ -63,7 +71,7 @@ def generate_frames(
     Yields:
         uint8 [1, height, width, 3], then [4, height, width, 3] per further latent frame, on the CPU.
     """
-    latents = generate_latents(model, plan, inputs, on_step=on_step, on_progress=on_progress)
+    latents = generate_latents(model, plan, inputs, on_step=on_step, on_state=on_state, on_progress=on_progress)
     if model.device.type == "cuda":
         model.release_experts()  # the VAE's activations need the room
     yield from decode_frames(model, plan, latents, on_progress)
@@ -76,6 +84,7 @@ def generate_latents(
     inputs: Inputs,
     *,
     on_step: OnStep | None = None,
+    on_state: OnState | None = None,
     on_progress: OnProgress | None = None,
 ) -> Tensor:
     """Run a plan up to the latents that are ready to decode.
@@ -83,8 +92,9 @@ def generate_latents(
     Args:
         model: open weights.
         plan: settled for this model.
-        inputs: picture, noise, context and LoRAs where they are given.
+        inputs: picture, noise, context, LoRAs and the state of a stopped run where they are given.
         on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
+        on_state: called after each step with all that the steps after it need; it is not written to.
         on_progress: called with a stage's name, its parts done and its parts in all.
 
     Returns:
@@ -96,18 +106,26 @@ def generate_latents(
         NumericsError: the latents of a step are not finite.
     """
     progress = on_progress or _no_progress
-    with _own_arithmetic(model):
-        noise = draw_noise(plan) if inputs.latents is None else _checked_latents(plan, inputs.latents)
+    with own_arithmetic(model):
+        start = inputs.state or RunState(0, _noise(plan, inputs), None)
+        _check_state(plan, start)
+        if start.next_step == len(plan.steps):
+            return start.latents[0].to(model.device)
         if inputs.context is None:
-            contexts = encode_prompts(model, plan, progress)
+            (contexts,) = encode_prompts(model, [plan], progress)
         else:
             contexts = _checked_context(model, inputs.context)
         picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
-        return denoise(model, plan, noise.to(model.device), contexts, picture, on_step, progress, inputs.loras)[0]
+        conditions = Conditions(contexts=contexts, picture=picture, loras=inputs.loras)
+        steps = plan.steps[start.next_step :]
+        bound_blocks(model, [plan])
+        with model.passes([step.expert for step in steps]):
+            end = denoise(model, plan, start, steps, conditions, on_step=on_step, on_state=on_state, progress=progress)
+        return end.latents[0]
 
 
 @contextmanager
-def _own_arithmetic(model: LoadedModel) -> Iterator[None]:
+def own_arithmetic(model: LoadedModel) -> Iterator[None]:
     """Keep the caller's settings of torch out of the numbers: dtypes are those of the precision, nothing else's."""
     if torch.get_default_dtype() != torch.float32:
         raise RequestError(
@@ -118,13 +136,30 @@ def _own_arithmetic(model: LoadedModel) -> Iterator[None]:
         yield
 
 
-def encode_prompts(model: LoadedModel, plan: Plan, progress: OnProgress) -> list[Tensor]:
-    """Encode the prompt and the negative prompt, each [1, T, text channels] with its own T; each block serves both."""
-    prompts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt}
-    ids = [_token_ids(model, name, text) for name, text in prompts.items()]
-    outer, blocks = model.text_encoder()
-    counted = _counted(blocks, "text", model.config.text.num_layers, progress)
-    return [context[None] for context in encode_texts(ids, outer, counted, model.config.text)]
+def encode_prompts(model: LoadedModel, plans: Sequence[Plan], progress: OnProgress) -> list[list[Tensor]]:
+    """Encode the prompt and the negative prompt of each plan in one pass over the encoder.
+
+    A prompt that was encoded before, by the same encoder on the same machine, is read from the disk.
+
+    Returns:
+        For each plan its prompt and its negative prompt, [1, T, text channels] each with its own T.
+    """
+    named = [("prompt", plan.prompt) for plan in plans] + [("negative_prompt", plan.negative_prompt) for plan in plans]
+    ids = [_token_ids(model, name, text) for name, text in named]
+    config, dtype = model.config.text, model.compute_dtype
+    files = {prompt: context_file(model.model.text, config, prompt, dtype, model.device) for prompt in ids}
+    stored = {prompt: read_context(file, len(prompt), config, dtype) for prompt, file in files.items()}
+    contexts = {prompt: context for prompt, context in stored.items() if context is not None}
+    missing = [prompt for prompt in files if prompt not in contexts]
+    if missing:
+        outer, blocks = model.text_encoder()
+        counted = _counted(blocks, "text", config.num_layers, progress)
+        for prompt, context in zip(missing, encode_texts(missing, outer, counted, config), strict=True):
+            contexts[prompt] = context
+            if (file := files[prompt]) is not None:
+                write_context(file, context)
+    on_device = [contexts[prompt][None].to(model.device) for prompt in ids]
+    return [list(pair) for pair in zip(on_device[: len(plans)], on_device[len(plans) :], strict=True)]
 
 
 def _token_ids(model: LoadedModel, name: str, text: str) -> tuple[int, ...]:
@@ -163,31 +198,64 @@ def draw_noise(plan: Plan) -> Tensor:
     return torch.randn(plan.latent_shape, generator=generator, dtype=torch.float32)[None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What every step of a run is told besides its latents."""
+
+    contexts: list[Tensor]  # prompt, then negative prompt, [1, T, text channels] each
+    picture: Tensor | None = None  # as `encode_image` gives it
+    loras: tuple[Lora, ...] = ()
+
+
 def denoise(
     model: LoadedModel,
     plan: Plan,
-    latents: Tensor,
-    contexts: list[Tensor],
-    picture: Tensor | None,
+    start: RunState,
+    steps: Sequence[Step],
+    conditions: Conditions,
+    *,
     on_step: OnStep | None,
+    on_state: OnState | None,
     progress: OnProgress,
-    loras: tuple[Lora, ...] = (),
-) -> Tensor:
-    """Take the plan's steps from noise to clean latents, both [1, C, F, H, W], fp32."""
+) -> RunState:
+    """Take steps of the plan, from `start` on; after the last one of the plan the latents are clean."""
     solver = SOLVERS[plan.solver]
-    history: History | None = None
-    first_frame = picture if plan.task == "ti2v" else None
-    latents = keep_first_frame(latents, first_frame)
-    for step in plan.steps:
+    state = map_state(start, model.device)
+    first_frame = conditions.picture if plan.task == "ti2v" else None
+    latents, history = keep_first_frame(state.latents, first_frame), state.history
+    for step in steps:
         progress("steps", step.index, len(plan.steps))
-        velocity = guided_velocity(model, plan, step, latents, contexts, picture, loras)
+        velocity = _velocity_in_less_memory(model, plan, step, latents, conditions)
         latents, history = solver(latents, velocity, step, history)
         latents = keep_first_frame(latents, first_frame)
         _refuse_non_finite(latents, step, plan)
+        state = RunState(step.index + 1, latents, history)
         if on_step is not None:
             on_step(step, latents[0].clone())
-    progress("steps", len(plan.steps), len(plan.steps))
-    return latents
+        if on_state is not None:
+            on_state(state)
+    progress("steps", state.next_step, len(plan.steps))
+    return state
+
+
+def _velocity_in_less_memory(
+    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, conditions: Conditions
+) -> Tensor:
+    """Predict the guided velocity; when memory runs out, let blocks go and take the same step again."""
+    while True:
+        try:
+            return guided_velocity(model, plan, step, latents, conditions)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Outside of the handler, which would keep what the failed step had allocated.
+        if not model.make_room([later.expert for later in plan.steps[step.index :]]):
+            raise MemoryBudgetError(
+                f"step {step.index + 1} of {step.num_steps}: out of memory with the fewest blocks that can be kept"
+                f" ({reason}); try a smaller size or fewer frames"
+            )
+        _log.warning("step %d: out of memory; it is taken again with fewer blocks on the device", step.index + 1)
 
 
 def _refuse_non_finite(latents: Tensor, step: Step, plan: Plan) -> None:
@@ -205,21 +273,19 @@ def guided_velocity(
     plan: Plan,
     step: Step,
     latents: Tensor,
-    contexts: list[Tensor],
-    picture: Tensor | None,
-    loras: tuple[Lora, ...] = (),
+    conditions: Conditions,
 ) -> Tensor:
     """Predict the velocity with and without the prompt and combine them; with guidance 1 the second is not needed."""
-    outer, blocks = model.expert(step.expert, loras)
+    outer, blocks = model.expert(step.expert, conditions.loras)
     velocities = predict_velocities(
         latents,
         step.timestep,
-        contexts[: step.num_forwards],
+        conditions.contexts[: step.num_forwards],
         outer,
         blocks,
         model.config.dit,
-        condition=picture if plan.task == "i2v" else None,
-        first_frame_timestep=0.0 if plan.task == "ti2v" and picture is not None else None,
+        condition=conditions.picture if plan.task == "i2v" else None,
+        first_frame_timestep=0.0 if plan.task == "ti2v" and conditions.picture is not None else None,
     )
     if step.num_forwards == 1:
         return velocities[0]
@@ -235,10 +301,10 @@ def decode_frames(
     progress = on_progress or _no_progress
     progress("decode", 0, plan.num_frames)
     done = 0
-    with _own_arithmetic(model):
+    with own_arithmetic(model):
         chunks = decode(model.vae_decoder(), latents[None].to(model.device))
     while done < plan.num_frames:
-        with _own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
+        with own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
             frames = to_uint8(next(chunks))
         done += len(frames)
         yield frames
@@ -260,6 +326,19 @@ def _no_progress(stage: str, done: int, total: int) -> None:
 def _refuse_other_types(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise RequestError(f"{name}: must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one")
+
+
+def _noise(plan: Plan, inputs: Inputs) -> Tensor:
+    return draw_noise(plan) if inputs.latents is None else _checked_latents(plan, inputs.latents)
+
+
+def _check_state(plan: Plan, state: RunState) -> None:
+    is_right = tuple(state.latents.shape) == (1, *plan.latent_shape) and state.next_step <= len(plan.steps)
+    if not is_right:
+        raise RequestError(
+            f"state: must be of this plan, {len(plan.steps)} steps with latents {[1, *plan.latent_shape]},"
+            f" got {list(state.latents.shape)} before step {state.next_step + 1}"
+        )
 
 
 def _checked_latents(plan: Plan, latents: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A model ready to compute: open files, the device and precision, and which weights are there at the moment."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,12 +15,21 @@ from wanfast.plan import Precision
 from wanfast.residency import Residency, to_device
 from wanfast.text import weights as text_weights
 from wanfast.vae.weights import VAEWeights, load_vae
+from wanfast.weight_sizes import largest_block
 
 
 class LoadedModel:
     """A model's weights on one device, in one precision; each is read when it is first used."""
 
-    def __init__(self, model: Model, *, precision: Precision, device: torch.device, vram: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        precision: Precision,
+        device: torch.device,
+        vram: int | None = None,
+        ram: int | None = None,
+    ) -> None:
         """Read nothing yet.
 
         Args:
@@ -27,14 +37,18 @@ class LoadedModel:
             precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16.
             device: where everything is computed.
             vram: bytes of the device that an expert's blocks may keep; None is what is free, less room for activations.
+            ram: bytes of host memory that blocks may take; None is what is free, less a reserve.
         """
         self.model = model
         self.precision: Precision = precision
         self.device = device
+        self.vram, self.ram = vram, ram
         self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self._residency = Residency(self._read_block, model.config.dit.num_layers, device, vram)
-        self._outer: tuple[ExpertName, dit_weights.OuterWeights] | None = None
-        self._adapter: tuple[tuple[Lora, ...], Adapter] | None = None  # of the expert that is there
+        largest = max(largest_block(reader, self.compute_dtype) for reader in model.experts.values())
+        layers = model.config.dit.num_layers
+        self._residency = Residency(self._read_block, layers, device, vram, slot_bytes=largest, ram=ram)
+        self._outers: dict[ExpertName, dit_weights.OuterWeights] = {}
+        self._adapter: tuple[ExpertName, tuple[Lora, ...], Adapter] | None = None
         self._decoder: VAEWeights | None = None
 
     @property
@@ -45,19 +59,46 @@ class LoadedModel:
     def expert(
         self, name: ExpertName, loras: tuple[Lora, ...] = ()
     ) -> tuple[dit_weights.OuterWeights, Iterator[dit_weights.BlockWeights]]:
-        """Give an expert's weights outside the blocks, and its blocks one by one; the one before it is let go.
+        """Give an expert's weights outside the blocks, and its blocks one by one, each until the next is asked for.
 
         LoRAs are attached to what is given, not to what is kept: with others, or none, nothing is read anew.
         """
-        if self._outer is None or self._outer[0] != name:
-            self.release_experts()
-            outer = dit_weights.load_outer(self.model.experts[name], self.config.dit, self.compute_dtype)
-            self._outer = (name, to_device(outer, self.device))
-        outer, blocks = self._outer[1], self._residency.blocks(name)
+        if name not in self._outers:
+            self._outers = {}  # the other expert's make room
+            self._outers = {name: self._read_outer(name)}
+        outer, blocks = self._outers[name], self._residency.blocks(name)
         adapter = self._adapter_for(name, loras)
         if adapter is None:
             return outer, blocks
         return attach(outer, adapter.outer), map(attach, blocks, adapter.blocks)
+
+    @contextmanager
+    def passes(self, experts: Sequence[ExpertName]) -> Iterator[None]:
+        """Announce the experts of the passes made inside, in order, so that their weights move ahead of their use."""
+        if self.device.type == "cuda":  # a swap that hides the blocks would wait for what stands around them
+            self._outers = {name: self._outers.get(name) or self._read_outer(name) for name in dict.fromkeys(experts)}
+        self._residency.begin(experts)
+        try:
+            yield
+        finally:
+            self._residency.end()
+
+    def allow_blocks(self, budget: int) -> None:
+        """Bound the bytes of the device that blocks may keep; activations have the rest."""
+        self._residency.allow(budget)
+
+    def make_room(self, experts: Sequence[ExpertName]) -> bool:
+        """Let half of the blocks on the device go, and announce the passes that are left.
+
+        Returns:
+            Whether there was anything to let go.
+        """
+        if not self._residency.shrink():
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._residency.begin(experts)
+        return True
 
     def text_encoder(self) -> tuple[text_weights.TextOuterWeights, Iterator[text_weights.TextBlockWeights]]:
         """Give the text encoder's weights outside the blocks, and its blocks, none of which is kept.
@@ -65,9 +106,19 @@ class LoadedModel:
         At full size the encoder has 11 GB and is used once per video: it is streamed, its token table stays on disk.
         """
         outer = text_weights.load_outer(self.model.text, self.config.text, self.compute_dtype)
-        indices = range(self.config.text.num_layers)
-        blocks = (text_weights.load_block(self.model.text, self.config.text, i, self.compute_dtype) for i in indices)
-        return replace(outer, norm=outer.norm.to(self.device)), (to_device(block, self.device) for block in blocks)
+        return replace(outer, norm=outer.norm.to(self.device)), self._text_blocks()
+
+    def _text_blocks(self) -> Iterator[text_weights.TextBlockWeights]:
+        layers = self.config.text.num_layers
+        if self.device.type == "cpu":  # each is used once, where it was loaded: a copy would only cost
+            yield from (self._read_text_block("text", index) for index in range(layers))
+            return
+        size = largest_block(self.model.text, self.compute_dtype)
+        residency = Residency(self._read_text_block, layers, self.device, 0, slot_bytes=size, ram=0)
+        try:
+            yield from residency.blocks("text")
+        finally:
+            residency.release()
 
     def vae_encoder(self) -> VAEWeights:
         """Give the VAE's encoder, fp32 in every precision as in the reference; used once per video and not kept."""
@@ -80,13 +131,14 @@ class LoadedModel:
         return self._decoder
 
     def release_experts(self) -> None:
-        """Let the diffusion transformers' weights go."""
-        self._outer = self._adapter = None
-        self._residency.release()
+        """Let the diffusion transformers' weights go from the device."""
+        self._outers, self._adapter = {}, None
+        self._residency.clear_device()
 
     def release(self) -> None:
         """Let every weight go; the next use reads them again."""
         self.release_experts()
+        self._residency.release()
         self._decoder = None
 
     def _adapter_for(self, name: ExpertName, loras: tuple[Lora, ...]) -> Adapter | None:
@@ -94,10 +146,17 @@ class LoadedModel:
         loras = tuple(lora for lora in loras if name in lora.experts)
         if not loras:
             self._adapter = None
-        elif self._adapter is None or self._adapter[0] != loras:
+        elif self._adapter is None or self._adapter[:2] != (name, loras):
             self._adapter = None  # the old one's memory is free for the new one
-            self._adapter = (loras, make_adapter(loras, name, self.config.dit, self.compute_dtype, self.device))
-        return None if self._adapter is None else self._adapter[1]
+            self._adapter = (name, loras, make_adapter(loras, name, self.config.dit, self.compute_dtype, self.device))
+        return None if self._adapter is None else self._adapter[2]
+
+    def _read_outer(self, expert: ExpertName) -> dit_weights.OuterWeights:
+        outer = dit_weights.load_outer(self.model.experts[expert], self.config.dit, self.compute_dtype)
+        return to_device(outer, self.device)
 
     def _read_block(self, expert: ExpertName, index: int) -> dit_weights.BlockWeights:
         return dit_weights.load_block(self.model.experts[expert], self.config.dit, index, self.compute_dtype)
+
+    def _read_text_block(self, _: str, index: int) -> text_weights.TextBlockWeights:
+        return text_weights.load_block(self.model.text, self.config.text, index, self.compute_dtype)

@@ -13,12 +13,13 @@ from torch import Tensor
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import SolverName
 from wanfast.errors import RequestError
+from wanfast.forecast import budget_here
 from wanfast.generation import Inputs, OnProgress, OnStep, generate_frames, generate_latents
 from wanfast.images import ImageSource, load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora, LoraSpec, file_digest, open_loras
 from wanfast.model import open_model, vae_parameters
-from wanfast.plan import Plan, make_plan
+from wanfast.plan import Plan, Precision, make_plan
 from wanfast.presets import apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
@@ -40,6 +41,7 @@ def load(
     tokenizer: str | Path | None = None,
     precision: Literal["auto", "fp32", "exact"] = "auto",
     vram: int | str | None = None,
+    ram: int | str | None = None,
     device: str | torch.device | None = None,
 ) -> "Pipeline":
     """Open a model: headers and names are checked, no weight is read yet.
@@ -56,6 +58,7 @@ def load(
         precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16; "auto" is "exact" on a
             GPU, else "fp32".
         vram: device memory that weights may keep, in bytes or as "24GB"; None is what is free.
+        ram: host memory that may be used, likewise.
         device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one.
 
     Raises:
@@ -63,34 +66,48 @@ def load(
         CheckpointError: the folder or one of its files cannot be found or used; the message names it.
     """
     sources = Sources(model=model, high=high, low=low, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-    return Pipeline(open_loaded(sources, precision=precision, vram=vram, device=device))
+    return Pipeline(open_loaded(sources, precision=precision, vram=vram, device=device, ram=ram))
 
 
 def open_loaded(
-    sources: Sources, *, precision: str, vram: int | str | None, device: str | torch.device | None
+    sources: Sources,
+    *,
+    precision: str,
+    vram: int | str | None,
+    device: str | torch.device | None,
+    ram: int | str | None = None,
 ) -> LoadedModel:
     """Open a model's files for a device and a precision; arguments and errors as in `load`."""
     if precision not in ("auto", "fp32", "exact"):
         raise RequestError(f"precision: must be auto, fp32 or exact, got {precision!r}")
     place = _device(device)
     budget = None if vram is None else parse_bytes("vram", vram)
+    host_budget = None if ram is None else parse_bytes("ram", ram)
     is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
     is_built_in = sources == Sources()
     opened = open_model(ensure_tiny() if is_built_in else sources)
     if is_built_in:  # every machine has its own: a clip must not name this one's folder
         opened = replace(opened, found_at=None)
-    return LoadedModel(opened, precision="fp32" if is_fp32 else "exact", device=place, vram=budget)
+    chosen: Precision = "fp32" if is_fp32 else "exact"
+    return LoadedModel(opened, precision=chosen, device=place, vram=budget, ram=host_budget)
 
 
 def plan_for(model: LoadedModel, request: Request) -> Plan:
-    """Settle a request for an open model; errors as in `make_plan`."""
-    return make_plan(
+    """Settle a request for an open model, and hold it to the memory that is free here, before anything is loaded.
+
+    Raises:
+        RequestError: as in `make_plan`.
+        MemoryBudgetError: it needs more, even with all weights streamed; the message says what would fit.
+    """
+    plan = make_plan(
         model.config,
         request,
         precision=model.precision,
         device=str(model.device),
         vae_parameters=vae_parameters(model.config.vae),
     )
+    budget_here(model, plan)
+    return plan
 
 
 def settings_for(model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str | None) -> dict[str, Any]:
@@ -163,6 +180,7 @@ class Pipeline:
 
         Raises:
             RequestError: an argument breaks a rule; the message names it and what would work.
+            MemoryBudgetError: it needs more memory than there is; the message says what would fit.
         """
         return plan_for(self.loaded, request)
 
@@ -230,6 +248,7 @@ class Pipeline:
         Raises:
             RequestError: an argument breaks a rule; nothing has been computed then.
             MediaError: the image cannot be read.
+            MemoryBudgetError: it needs more memory than there is; the message says what would fit.
             CheckpointError: a tensor is not finite or cannot be read, or a LoRA is not one for this model; the message
                 names file and tensor.
         """

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from wanfast.config import (
-    DEFAULT_NEGATIVE_PROMPT,
     NUM_TRAIN_TIMESTEPS,
     DiTConfig,
     Expert,
@@ -258,33 +257,6 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     return plain
 
 
-def format_plan(plan: Plan) -> str:
-    """Describe the plan on one page of text."""
-    channels, *latent = plan.latent_shape
-    is_default = plan.negative_prompt == DEFAULT_NEGATIVE_PROMPT
-    task = {"t2v": "text to video", "i2v": "image to video"}[plan.mode]
-    rows = [
-        ("model", f"{plan.model}, {task}"),
-        ("runs on", f"{plan.device}, precision {plan.precision}"),
-        ("prompt", plan.prompt or "(none)"),
-        ("negative prompt", "Wan's own" if is_default else plan.negative_prompt),
-        *_image_rows(plan),
-        ("video", f"{plan.width}x{plan.height}, {_frames(plan)} at {plan.fps} per second ({_seconds(plan)})"),
-        ("latents", f"{channels} channels, {_times(latent)}"),
-        ("tokens", f"{_times(plan.token_grid)} = {plan.num_tokens:,}"),
-        ("seed", str(plan.seed)),
-        (
-            "solver",
-            f"{plan.solver}, shift {plan.shift:g}, {len(plan.steps)} steps, {plan.num_forwards} DiT evaluations",
-        ),
-        *(("", line) for line in _step_lines(plan.steps)),
-        ("weights", "computed from the sizes"),
-        *(("", line) for line in _part_lines(plan.parts)),
-        ("work", _work(plan)),
-    ]
-    return "\n".join(f"{label:<17}{text}".rstrip() for label, text in rows)
-
-
 def _steps(
     experts: tuple[Expert, ...], boundary: float | None, solver: SolverName, num_steps: int, shift: float
 ) -> tuple[Step, ...]:
@@ -315,45 +287,3 @@ def _latent_shape(config: ModelConfig, width: int, height: int, num_frames: int)
 def _token_grid(config: DiTConfig, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
     (_, frames, rows, columns), (patch_frames, patch_rows, patch_columns) = latent_shape, config.patch_size
     return frames // patch_frames, rows // patch_rows, columns // patch_columns
-
-
-def _image_rows(plan: Plan) -> list[tuple[str, str]]:
-    if plan.image_size is None:
-        return []
-    return [("image", f"{_times(plan.image_size)}, fitted to the area of {_times(plan.asked_size)}")]
-
-
-def _step_lines(steps: tuple[Step, ...]) -> list[str]:
-    lines = []
-    for expert, group in groupby(steps, key=lambda step: step.expert):
-        run = list(group)
-        first, last = run[0], run[-1]
-        lines.append(
-            f"steps {first.index + 1}-{last.index + 1}  {expert}, guidance {first.guidance:g}, "
-            f"sigma {first.sigma:.3f} -> {last.sigma_next:.3f}, timesteps {first.timestep:g} -> {last.timestep:g}"
-        )
-    return lines
-
-
-def _part_lines(parts: tuple[Part, ...]) -> list[str]:
-    return [f"{part.name:<14}{part.parameters / 1e9:8.3f} B parameters {part.bytes / 1e9:8.2f} GB" for part in parts]
-
-
-def _work(plan: Plan) -> str:
-    each, total = (
-        f"{flops / 1e12:,.4f}" if flops < 1e13 else f"{flops / 1e12:,.0f}"
-        for flops in (plan.flops_per_forward, plan.flops_per_forward * plan.num_forwards)
-    )
-    return f"{each} TFLOP per DiT evaluation, {total} in all; computed"
-
-
-def _frames(plan: Plan) -> str:
-    return "1 frame" if plan.num_frames == 1 else f"{plan.num_frames} frames"
-
-
-def _seconds(plan: Plan) -> str:
-    return f"{plan.num_frames / plan.fps:.1f} s"
-
-
-def _times(sides: Any) -> str:
-    return " x ".join(map(str, sides))

@@ -17,6 +17,7 @@ class Progress:
         self._is_shown = is_shown
         self._unit = unit
         self._stage: str | None = None
+        self._about = ""  # which clip of several
         self._bar: tqdm[None] | None = None
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
@@ -29,14 +30,14 @@ class Progress:
     ) -> None:
         self._close()
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Say that `done` of `total` parts of a stage are finished; a new stage ends the one before."""
-        if stage != self._stage:
+    def update(self, stage: str, done: int, total: int, *, about: str = "") -> None:
+        """Say that `done` of `total` parts of a stage are finished; a new stage, or clip, ends the one before."""
+        if (stage, about) != (self._stage, self._about):
             self._close()
-            self._stage, self._started = stage, time.perf_counter()
+            self._stage, self._about, self._started = stage, about, time.perf_counter()
             self._bar = tqdm(
                 total=total,
-                desc=_TITLES.get(stage, stage),
+                desc=f"{about} {_TITLES.get(stage, stage)}".lstrip(),
                 file=sys.stderr,
                 disable=not self._is_shown,
                 unit=self._unit,

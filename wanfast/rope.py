@@ -63,15 +63,17 @@ def rope_rotations(grid: tuple[int, int, int], head_dim: int) -> Tensor:
     return rotations.flatten(0, 2)
 
 
-def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+def apply_rope(x: Tensor, rotations: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Turn every channel pair of queries or keys by its token's rotation, in fp32.
 
     Args:
         x: [B, T, N, D], D even and contiguous; any float dtype. Not written to.
         rotations: [T, D / 2] complex64, from `rope_rotations`.
+        out: [B, T, N, D] of any float dtype that takes the result, rounded once.
 
     Returns:
-        [B, T, N, D] fp32.
+        `out`, or [B, T, N, D] fp32.
     """
     pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
+    turned = torch.view_as_real(pairs * rotations[:, None]).flatten(-2)
+    return turned if out is None else out.copy_(turned)

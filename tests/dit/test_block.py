@@ -7,7 +7,6 @@ from reference.dit import golden_state, golden_tensor, small_config
 from torch import Tensor
 
 from wanfast.checkpoint.reader import memory_reader
-from wanfast.dit import block as block_module
 from wanfast.dit.block import dit_block
 from wanfast.dit.weights import AttentionWeights, BlockWeights, load_block
 from wanfast.linear import Linear
@@ -86,9 +85,21 @@ def _case(dtype: torch.dtype, stream_dtype: torch.dtype, rows: int) -> tuple[Ten
     return hidden, block, modulation, golden_tensor("text", BATCH, 16, CONFIG.dim).to(dtype)
 
 
-def _run(hidden: Tensor, block: BlockWeights, modulation: Tensor, text: Tensor, first_tokens: int = 0) -> Tensor:
-    rotations = rope_rotations(GRID, CONFIG.head_dim)
-    return dit_block(hidden, block, modulation, text, rotations, num_heads=HEADS, eps=EPS, first_tokens=first_tokens)
+def _run(
+    hidden: Tensor, block: BlockWeights, modulation: Tensor, text: Tensor, first_tokens: int = 0, **options: int
+) -> Tensor:
+    return dit_block(
+        hidden.to(torch.float32, copy=True),
+        block,
+        modulation,
+        text,
+        rope_rotations(GRID, CONFIG.head_dim),
+        num_heads=HEADS,
+        eps=EPS,
+        first_tokens=first_tokens,
+        stream_dtype=hidden.dtype,
+        **options,
+    )
 
 
 def _median_error(got: Tensor, want: Tensor) -> float:
@@ -123,15 +134,21 @@ def test_an_fp32_block_equals_the_formula() -> None:
     assert _median_error(got, want) < 1e-6
 
 
-def test_the_ffn_in_chunks_equals_the_ffn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case(torch.float32, torch.float32, 1)
-    whole = _run(*case)
-    monkeypatch.setattr(block_module, "FFN_CHUNK_TOKENS", 5)  # of 12 tokens: two chunks and a rest
-    assert _median_error(_run(*case), whole) < 1e-6
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 12], ids=["one by one", "two runs and a rest", "exactly all"])
+def test_tokens_in_runs_give_what_they_give_at_once(chunk_tokens: int, rows: int) -> None:
+    case = _case(torch.float32, torch.float32, rows)
+    first_tokens = 7 if rows == 2 else 0  # inside the second run of 5
+    whole = _run(*case, first_tokens)
+    assert _median_error(_run(*case, first_tokens, chunk_tokens=chunk_tokens), whole) < 1e-6
 
 
-def test_a_block_leaves_its_input_alone() -> None:
+def test_a_block_writes_to_its_stream_and_to_nothing_else() -> None:
     hidden, block, modulation, text = _case(torch.float32, torch.float32, 1)
-    before = hidden.clone(), modulation.clone(), text.clone()
-    _run(hidden, block, modulation, text)
-    assert all(torch.equal(*pair) for pair in zip(before, (hidden, modulation, text), strict=True))
+    before = modulation.clone(), text.clone()
+    want, stream = _run(hidden, block, modulation, text), hidden.clone()
+    rotations = rope_rotations(GRID, CONFIG.head_dim)
+    got = dit_block(stream, block, modulation, text, rotations, num_heads=HEADS, eps=EPS)
+    assert got.data_ptr() == stream.data_ptr()
+    assert torch.equal(stream, want)
+    assert all(torch.equal(*pair) for pair in zip(before, (modulation, text), strict=True))

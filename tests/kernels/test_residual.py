@@ -49,6 +49,18 @@ def test_arguments_are_left_alone(run, y_dtype, device):
     assert all(torch.equal(tensor, old) for tensor, old in zip((x, y, gate), before, strict=True))
 
 
+@IMPLEMENTATIONS
+@DTYPES
+def test_the_result_may_take_the_place_of_x(run, dtype, device):
+    x, y = torch.randn(2, 1, 7, 100, device=device)
+    x, gate = x.to(dtype), torch.randn(1, 2, 100, device=device)
+    want, y_before = run(x.clone(), y, gate, first_tokens=1), y.clone()
+    got = run(x, y, gate, first_tokens=1, overwrite=True)
+    assert got.data_ptr() == x.data_ptr()
+    assert torch.equal(x, want)
+    assert torch.equal(y, y_before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

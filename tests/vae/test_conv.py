@@ -129,6 +129,21 @@ def test_says_once_that_the_extension_is_missing(monkeypatch, caplog):
     assert "\n" not in caplog.text.strip() and "C++ extension" in caplog.text
 
 
+@pytest.mark.parametrize("cut", [(1, 1, 1, 1, 1), (1, 4), (2, 3), (1, 2, 2), (5,)], ids=str)
+def test_a_history_that_is_used_again_gives_what_a_new_one_gives(cut):
+    frames, weight = random_frames(2, 3, 5, 4, 6), prepare(torch.randn(4, 3, 3, 3, 3))
+    kept = fresh = place = None
+    for x in frames.split(cut, dim=2):
+        y, kept = causal_conv3d(x, kept, weight, None, reuse_history=True)
+        want, fresh = causal_conv3d(x, fresh, weight, None)
+        assert torch.equal(y, want)
+        assert place in (None, kept.data_ptr())
+        place = kept.data_ptr()
+        assert kept.shape[2] == 2
+        assert torch.equal(kept[:, :, 2 - fresh.shape[2] :], fresh)
+        assert not kept[:, :, : 2 - fresh.shape[2]].any()
+
+
 BAD_ARGUMENTS = {
     "x has other channels": ({"x": (1, 5, 2, 6, 6)}, "x: must be .B, 4, T, H, W"),
     "x has four axes": ({"x": (4, 2, 6, 6)}, "x: must be"),

@@ -17,6 +17,7 @@ from tolerance import assert_close
 
 from wanfast.checkpoint.reader import memory_reader
 from wanfast.errors import RequestError
+from wanfast.vae import decode as decode_module
 from wanfast.vae.blocks import History
 from wanfast.vae.decode import decode, decode_frame
 from wanfast.vae.weights import VAEWeights, expected_tensors, load_vae
@@ -110,14 +111,23 @@ def test_frame_by_frame_equals_the_rest_at_once(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_history_is_not_written_to(version: str) -> None:
+def test_the_next_history_takes_the_memory_of_the_last(version: str) -> None:
     vae, latents = _golden_vae(version), golden_input("lat", (1, 4, 3, 2, 3))
     _, history = decode_frame(vae, latents[:, :, :1], None)
-    once, next_history = decode_frame(vae, latents[:, :, 1:2], history)
-    again, _ = decode_frame(vae, latents[:, :, 1:2], history)
-    assert torch.equal(once, again)
-    branch, _ = decode_frame(vae, latents[:, :, 2:], next_history)
-    assert not torch.equal(branch, once)
+    _, history = decode_frame(vae, latents[:, :, 1:2], history)  # what the first frame skips has its history now
+    places = [tensor.data_ptr() for tensor in _tensors(history) if tensor.numel()]
+    _, history = decode_frame(vae, latents[:, :, 2:], history)
+    assert [tensor.data_ptr() for tensor in _tensors(history) if tensor.numel()] == places
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("at_once", [1, 3, 4])
+def test_a_few_frames_at_a_time_give_what_all_give(at_once: int, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latents = _golden_vae(version), golden_input("lat", (1, 4, 3, 2, 3))
+    want = list(decode(vae, latents))
+    monkeypatch.setattr(decode_module, "FINE_FRAMES", at_once)
+    for chunk, wanted in zip(decode(vae, latents), want, strict=True):
+        assert_close(got=chunk, want=wanted, op="vae_fp32")
 
 
 def _tensors(history: History) -> list[torch.Tensor]:

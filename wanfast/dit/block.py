@@ -5,8 +5,13 @@
     hidden += gate_ffn * ffn(norm(hidden) * (1 + scale_ffn) + shift_ffn)
 
 Norms, modulation, gates and the residual stream are fp32; projections and attention run in the dtype of the weights.
+A video's stream is gigabytes, so each step goes over it in runs of tokens and adds in place: of full length there are
+the stream, and queries, keys and values while self-attention needs them.
 Source: Wan-Video/Wan2.2, wan/modules/model.py, WanAttentionBlock.forward.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +20,25 @@ from torch import Tensor
 from wanfast.dit.attention import attention
 from wanfast.dit.weights import AttentionWeights, BlockWeights
 from wanfast.kernels import gated_residual, layer_norm, layer_norm_modulate, rms_norm
-from wanfast.linear import Linear, linear
+from wanfast.linear import Linear, expand, linear
 from wanfast.rope import apply_rope
 
-# The FFN's hidden layer is the block's largest tensor by far, so it exists for this many tokens at a time: few enough
-# that it no longer sets the peak, enough to fill a large GPU.
-FFN_CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 2048  # few enough that a run's tensors set no peak, enough to fill a large GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens that are computed together."""
+
+    tokens: slice
+    first_tokens: int  # the first of them, those that take modulation row 0
+
+
+def token_runs(num_tokens: int, chunk_tokens: int, first_tokens: int = 0) -> Iterator[Run]:
+    """Cut tokens [0, num_tokens), of which [0, first_tokens) take modulation row 0, into runs of chunk_tokens."""
+    for start in range(0, num_tokens, chunk_tokens):
+        stop = min(start + chunk_tokens, num_tokens)
+        yield Run(slice(start, stop), min(max(first_tokens - start, 0), stop - start))
 
 
 def dit_block(
@@ -33,11 +51,13 @@ def dit_block(
     num_heads: int,
     eps: float,
     first_tokens: int = 0,
+    stream_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Run one block.
+    """Run one block in the memory of its stream.
 
     Args:
-        hidden: [B, T, C], the residual stream: fp32, or before the first block the weights' dtype. Not written to.
+        hidden: [B, T, C] fp32, contiguous: the residual stream. Written to.
         block: its weights, on hidden's device.
         modulation: [B, R, 6, C] fp32: shift, scale and gate of self-attention, then of the FFN. R is 1, or 2 where the
             first tokens have a timestep of their own.
@@ -46,48 +66,64 @@ def dit_block(
         num_heads: attention heads N; C = N * D.
         eps: added to the variance in every norm.
         first_tokens: tokens [0, first_tokens) take modulation row 0, the others the last row.
+        stream_dtype: of the numbers in the stream; before the first block they are a projection's, in the weights'
+            dtype, and their first norm is rounded to it.
+        chunk_tokens: tokens computed at a time; another number changes nothing but the order of a product's sums.
 
     Returns:
-        [B, T, C] fp32.
+        hidden.
     """
-    shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
     dtype = block.self_attn.q.weight.dtype
+    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
+    for stream, rows, words in zip(*(torch.split(x, 1) for x in (hidden, modulation, text)), strict=True):
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows.unbind(2)
 
-    x = _modulated_norm(hidden, scale_attn, shift_attn, dtype, eps=eps, first_tokens=first_tokens)
-    x = _self_attention(x, block.self_attn, rotations, num_heads=num_heads, eps=eps)
-    hidden = gated_residual(hidden.float(), x, gate_attn, first_tokens=first_tokens)
+        layers = _expanded(block.self_attn)
+        q, k, v = (_empty_heads(stream, num_heads, dtype) for _ in range(3))
+        for run in runs:
+            at = run.tokens
+            x = _modulated_norm(stream[:, at], scale_attn, shift_attn, run, eps=eps, dtypes=(stream_dtype, dtype))
+            apply_rope(_heads(x, layers.q, layers.norm_q, num_heads, eps), rotations[at], out=q[:, at])
+            apply_rope(_heads(x, layers.k, layers.norm_k, num_heads, eps), rotations[at], out=k[:, at])
+            v[:, at] = _split_heads(linear(x, layers.v), num_heads)
+        for run in runs:
+            x = linear(attention(q[:, run.tokens], k, v), layers.o)
+            _add(stream, x, gate_attn, run)
+        del layers, q, k, v  # of no use to the next step, and large
 
-    x = layer_norm(hidden, block.norm3_weight, block.norm3_bias, eps=eps, out_dtype=dtype)
-    hidden = hidden + _cross_attention(x, text, block.cross_attn, num_heads=num_heads, eps=eps)
+        layers = _expanded(block.cross_attn)
+        k = _heads(words, layers.k, layers.norm_k, num_heads, eps).to(dtype)
+        v = _split_heads(linear(words, layers.v), num_heads)
+        for run in runs:
+            x = layer_norm(stream[:, run.tokens], block.norm3_weight, block.norm3_bias, eps=eps, out_dtype=dtype)
+            q = _heads(x, layers.q, layers.norm_q, num_heads, eps).to(dtype)
+            stream[:, run.tokens] += linear(attention(q, k, v), layers.o)
+        del layers
 
-    x = layer_norm_modulate(hidden, scale_ffn, shift_ffn, eps=eps, first_tokens=first_tokens, out_dtype=dtype)
-    return gated_residual(hidden, _ffn(x, block), gate_ffn, first_tokens=first_tokens)
+        up, down = _plain(block.ffn_up), _plain(block.ffn_down)
+        for run in runs:
+            x, first = stream[:, run.tokens], run.first_tokens
+            x = layer_norm_modulate(x, scale_ffn, shift_ffn, eps=eps, first_tokens=first, out_dtype=dtype)
+            x = linear(F.gelu(linear(x, up), approximate="tanh"), down)
+            _add(stream, x, gate_ffn, run)
+    return hidden
 
 
 def _modulated_norm(
-    hidden: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, eps: float, first_tokens: int
+    stream: Tensor, scale: Tensor, shift: Tensor, run: Run, *, eps: float, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> Tensor:
-    """Norm and modulate into `dtype`; a 16-bit stream, which only the first block sees, is rounded between the two."""
-    if hidden.dtype == torch.float32:
-        return layer_norm_modulate(hidden, scale, shift, eps=eps, first_tokens=first_tokens, out_dtype=dtype)
-    normed = F.layer_norm(hidden, hidden.shape[-1:], eps=eps)
-    first, rest = normed[:, :first_tokens], normed[:, first_tokens:]
-    modulated = [first * (1 + scale[:, :1]) + shift[:, :1], rest * (1 + scale[:, -1:]) + shift[:, -1:]]
-    return torch.cat(modulated, dim=1).to(dtype)
+    """Norm and modulate a run of a stream of `dtypes[0]` into `dtypes[1]`; 16 bits are rounded to between the two."""
+    stream_dtype, dtype = dtypes
+    if stream_dtype != torch.float32:
+        normed = F.layer_norm(stream.to(stream_dtype), stream.shape[-1:], eps=eps)
+        first, rest = normed[:, : run.first_tokens], normed[:, run.first_tokens :]
+        modulated = [first * (1 + scale[:, :1]) + shift[:, :1], rest * (1 + scale[:, -1:]) + shift[:, -1:]]
+        return torch.cat(modulated, dim=1).to(dtype)
+    return layer_norm_modulate(stream, scale, shift, eps=eps, first_tokens=run.first_tokens, out_dtype=dtype)
 
 
-def _self_attention(x: Tensor, weights: AttentionWeights, rotations: Tensor, *, num_heads: int, eps: float) -> Tensor:
-    q = apply_rope(_heads(x, weights.q, weights.norm_q, num_heads, eps), rotations).to(x.dtype)
-    k = apply_rope(_heads(x, weights.k, weights.norm_k, num_heads, eps), rotations).to(x.dtype)
-    v = _split_heads(linear(x, weights.v), num_heads)
-    return linear(attention(q, k, v), weights.o)
-
-
-def _cross_attention(x: Tensor, text: Tensor, weights: AttentionWeights, *, num_heads: int, eps: float) -> Tensor:
-    q = _heads(x, weights.q, weights.norm_q, num_heads, eps).to(x.dtype)
-    k = _heads(text, weights.k, weights.norm_k, num_heads, eps).to(x.dtype)
-    v = _split_heads(linear(text, weights.v), num_heads)
-    return linear(attention(q, k, v), weights.o)
+def _add(stream: Tensor, x: Tensor, gate: Tensor, run: Run) -> None:
+    gated_residual(stream[:, run.tokens], x, gate, first_tokens=run.first_tokens, overwrite=True)
 
 
 def _heads(x: Tensor, projection: Linear, norm: Tensor, num_heads: int, eps: float) -> Tensor:
@@ -99,9 +135,15 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.view(*x.shape[:-1], num_heads, -1)
 
 
-def _ffn(x: Tensor, block: BlockWeights) -> Tensor:
-    chunks = [
-        linear(F.gelu(linear(chunk, block.ffn_up), approximate="tanh"), block.ffn_down)
-        for chunk in torch.split(x, FFN_CHUNK_TOKENS, dim=1)
-    ]
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+def _empty_heads(stream: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    return _split_heads(torch.empty_like(stream, dtype=dtype), num_heads)
+
+
+def _plain(layer: Linear) -> Linear:
+    """Expand a stored weight once for all runs; a plain one is shared."""
+    return replace(layer, weight=expand(layer.weight))
+
+
+def _expanded(weights: AttentionWeights) -> AttentionWeights:
+    q, k, v, o = (_plain(layer) for layer in (weights.q, weights.k, weights.v, weights.o))
+    return replace(weights, q=q, k=k, v=v, o=o)

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.config import DiTConfig
-from wanfast.dit.block import dit_block
+from wanfast.dit.block import CHUNK_TOKENS, Run, dit_block, token_runs
 from wanfast.dit.weights import BlockWeights, OuterWeights
 from wanfast.errors import RequestError
 from wanfast.kernels import layer_norm_modulate
@@ -40,6 +40,7 @@ def predict_velocities(
     *,
     condition: Tensor | None = None,
     first_frame_timestep: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[Tensor]:
     """Predict the velocity of the latents under each context, in one pass over the blocks.
 
@@ -52,6 +53,7 @@ def predict_velocities(
         config: sizes of the DiT.
         condition: [B, in_channels - C, F, H, W], set behind the latents' channels (image to video).
         first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
+        chunk_tokens: tokens computed at a time, where tokens do not see one another.
 
     Returns:
         Per context the velocity [B, out_channels, F, H, W], fp32. Nothing is written to.
@@ -67,14 +69,17 @@ def predict_velocities(
     rotations = rope_rotations(grid, config.head_dim).to(device)
     texts = [embed_text(context, outer, config) for context in contexts]
 
-    streams = [embed_latents(latents, condition, outer, config)] * len(texts)
+    embedded = embed_latents(latents, condition, outer, config)
+    streams = [embedded.to(torch.float32, copy=True) for _ in texts]
+    stream_dtype = embedded.dtype
+    del embedded
     num_blocks = 0
     for block in blocks:
         num_blocks += 1
         modulation = (block.modulation + time.projection).expand(batch, -1, -1, -1)
-        streams = [
+        for hidden, text in zip(streams, texts, strict=True):
             dit_block(
-                streams.pop(0),  # so that nothing holds a stream while the block makes its successor
+                hidden,
                 block,
                 modulation,
                 text,
@@ -82,12 +87,13 @@ def predict_velocities(
                 num_heads=config.num_heads,
                 eps=config.eps,
                 first_tokens=first_tokens,
+                stream_dtype=stream_dtype if num_blocks == 1 else torch.float32,
+                chunk_tokens=chunk_tokens,
             )
-            for text in texts
-        ]
     if num_blocks != config.num_layers:
         raise RequestError(f"blocks: must be all {config.num_layers} blocks of the model, got {num_blocks}")
-    return [_head(hidden, time.embedding, grid, first_tokens, outer, config) for hidden in streams]
+    runs = list(token_runs(rotations.shape[0], chunk_tokens, first_tokens))
+    return [_head(hidden, time.embedding, grid, runs, outer, config) for hidden in streams]
 
 
 def patch_grid(latents: Tensor, config: DiTConfig) -> tuple[int, int, int]:
@@ -151,14 +157,18 @@ def _head(
     hidden: Tensor,
     embedding: Tensor,
     grid: tuple[int, int, int],
-    first_tokens: int,
+    runs: Sequence[Run],
     outer: OuterWeights,
     config: DiTConfig,
 ) -> Tensor:
     """Turn the residual stream [B, T, C] into a velocity [B, out_channels, F, H, W], all in fp32."""
-    shift, scale = (outer.head_modulation + embedding[:, None]).expand(hidden.shape[0], -1, -1, -1).unbind(2)
-    normed = layer_norm_modulate(hidden, scale, shift, eps=config.eps, first_tokens=first_tokens)
-    patches = linear(normed, outer.head)
+    shift, scale = (outer.head_modulation + embedding[:, None])[None].unbind(2)
+    patches = hidden.new_empty(*hidden.shape[:2], outer.head.weight.shape[0])
+    for sample in range(len(hidden)):
+        for run in runs:
+            x = hidden[sample : sample + 1, run.tokens]
+            x = layer_norm_modulate(x, scale, shift, eps=config.eps, first_tokens=run.first_tokens)
+            patches[sample, run.tokens] = linear(x, outer.head)[0]
     f, h, _ = grid
     pf, ph, pw = config.patch_size
     return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, pf=pf, ph=ph, pw=pw)

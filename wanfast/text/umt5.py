@@ -19,7 +19,7 @@ from wanfast.errors import RequestError
 from wanfast.linear import linear
 from wanfast.text.weights import TextBlockWeights, TextOuterWeights, embed_tokens
 
-_MAX_LOGITS = 2**19  # at once; those of all heads would be the largest tensor of the encoder
+MAX_LOGITS = 2**19  # at once; those of all heads would be the largest tensor of the encoder
 
 
 def relative_buckets(length: int, config: TextConfig) -> Tensor:
@@ -76,7 +76,7 @@ def attention(x: Tensor, block: TextBlockWeights, buckets: Tensor, num_heads: in
     q, k, v = (linear(x, layer).view(len(x), num_heads, -1).transpose(0, 1) for layer in (block.q, block.k, block.v))
     # Last query first: then the bias of query row r and key c depends on r + c alone, and its [N, T, T] is a view.
     q, bias = q.flip(1), block.position_table.t()[:, buckets].unfold(-1, len(x), 1)
-    step = max(1, _MAX_LOGITS // len(x) ** 2)
+    step = max(1, MAX_LOGITS // len(x) ** 2)
     some = [slice(head, head + step) for head in range(0, num_heads, step)]
     mixed = torch.cat([_attend(q[heads], k[heads], v[heads], bias[heads]) for heads in some])
     return linear(mixed.flip(1).transpose(0, 1).flatten(1), block.o)

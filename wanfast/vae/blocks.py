@@ -1,6 +1,7 @@
 """The blocks both VAEs are made of; the temporal ones take and return the frames they need from earlier chunks.
 
-Activations are [B, C, T, H, W] in channels_last_3d. A block never writes to its input.
+Activations are [B, C, T, H, W] in channels_last_3d. A block never writes to its input, but
+to the history it is given: at 720p the histories of a video are 8 GB, and the next ones take their place.
 Sources: Wan-Video/Wan2.2, wan/modules/vae2_1.py and vae2_2.py.
 """
 
@@ -58,8 +59,8 @@ def empty_history(weights: EncoderWeights | DecoderWeights) -> History:
 
 
 def causal_conv(x: Tensor, conv: CausalConv, history: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Apply `causal_conv3d` with a layer's weights."""
-    return causal_conv3d(x, history, conv.weight, conv.bias)
+    """Apply `causal_conv3d` with a layer's weights; the next history takes the memory of the given one."""
+    return causal_conv3d(x, history, conv.weight, conv.bias, reuse_history=True)
 
 
 def pointwise_conv(x: Tensor, conv: CausalConv) -> Tensor:

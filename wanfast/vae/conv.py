@@ -30,6 +30,11 @@ except ImportError:  # installed without a compiler
     _C = None  # type: ignore[assignment]
 
 
+def instruction_sets() -> list[str]:
+    """Name what the extension can use on this CPU, the best first; nothing where it was not built."""
+    return [] if _C is None else _C.instruction_sets()
+
+
 @dataclass(frozen=True, slots=True)
 class ConvWeight:
     """A convolution's weight in the layout it computes in; made by `prepare`."""
@@ -64,7 +69,12 @@ def prepare(weight: Tensor) -> ConvWeight:
 
 
 def causal_conv3d(
-    x: Tensor, history: Tensor | None, weight: Tensor | ConvWeight, bias: Tensor | None
+    x: Tensor,
+    history: Tensor | None,
+    weight: Tensor | ConvWeight,
+    bias: Tensor | None,
+    *,
+    reuse_history: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Convolve one chunk of frames, seeing the frames before it and none after.
 
@@ -74,6 +84,8 @@ def causal_conv3d(
             missing ones are zeros. None is h = 0.
         weight: [O, C, kt, kh, kw], or better `prepare` of it.
         bias: [O] or None.
+        reuse_history: return the next history in history's memory, which is written to; to that end it always has
+            kt - 1 frames, zeros for those that are missing.
 
     Returns:
         y [B, O, T, H, W] and the history for the next call: the last kt - 1 frames of (history, x), fewer if fewer
@@ -89,7 +101,8 @@ def causal_conv3d(
         y = causal_conv3d_extension(x, history, prepared, bias)
     else:
         y = causal_conv3d_reference(x, history, prepared.data, bias)
-    return y, _next_history(x, history, keep=prepared.shape[2] - 1)
+    keep = prepared.shape[2] - 1
+    return y, (_shifted_history if reuse_history else _next_history)(x, history, keep=keep)
 
 
 def causal_conv3d_reference(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,6 +185,23 @@ def _next_history(x: Tensor, history: Tensor | None, *, keep: int) -> Tensor:
     if history is not None and x.shape[2] < keep:
         x = torch.cat((history, x), dim=2)
     return x[:, :, max(x.shape[2] - keep, 0) :].clone(memory_format=torch.channels_last_3d)
+
+
+def _shifted_history(x: Tensor, history: Tensor | None, *, keep: int) -> Tensor:
+    """Drop as many of `keep` frames as x has, and put the last of x behind the rest."""
+    if history is None or history.shape[2] < keep:
+        seen = 0 if history is None else history.shape[2]
+        shape = (*x.shape[:2], keep, *x.shape[3:])
+        whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        whole[:, :, : keep - seen] = 0
+        if history is not None:
+            whole[:, :, keep - seen :] = history
+        history = whole
+    fresh = min(keep, x.shape[2])
+    for frame in range(keep - fresh):  # one by one, as the frames overlap
+        history[:, :, frame] = history[:, :, frame + fresh]
+    history[:, :, keep - fresh :] = x[:, :, x.shape[2] - fresh :]
+    return history
 
 
 @cache  # once in a process

@@ -3,7 +3,7 @@
 Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py and vae2_2.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from wanfast.vae.blocks import (
     upsample,
 )
 from wanfast.vae.patch import add_repeated_up_, unpatchify
-from wanfast.vae.weights import DecoderWeights, VAEWeights
+from wanfast.vae.weights import DecoderWeights, ResidualWeights, UpsampleWeights, VAEWeights
+
+DecoderLevel = tuple[tuple[ResidualWeights, ...], UpsampleWeights | None]
+
+FINE_FRAMES = 2  # at a time where the picture is large; two, as a convolution over three remembers that many
 
 
 def decode(vae: VAEWeights, latents: Tensor) -> Iterator[Tensor]:
@@ -55,7 +59,7 @@ def decode_frame(vae: VAEWeights, latent_frame: Tensor, history: History | None)
     Args:
         vae: the weights.
         latent_frame: [B, C, 1, H, W], normalised. After the first, several at once give the same at a higher peak.
-        history: None for the video's first frame, else as the last call returned it.
+        history: None for the video's first frame, else as the last call returned it; its memory is used again.
 
     Returns:
         fp32 [B, 3, 1 or 4, s H, s W], and the history for the next frame.
@@ -80,8 +84,29 @@ def _run_decoder(x: Tensor, weights: DecoderWeights, history: History, *, repeat
     """[B, C, 1, H, W] to patched pixels; `repeats` adds each level's input, repeated, to its output."""
     x, conv_in = causal_conv(x, weights.conv_in, history.conv_in)
     x, past_middle = middle(x, weights.middle, history.middle)
-    levels = []
-    for (blocks, up), past in zip(weights.levels, history.levels, strict=True):
+    cut = _count_coarse(weights)
+    x, coarse = _run_levels(x, weights.levels[:cut], history.levels[:cut], repeats=repeats)
+    # From here on no frame is added, and tensors are largest: a few frames at a time take the least memory.
+    fine, conv_out, pixels = history.levels[cut:], history.conv_out, []
+    for some in torch.split(x, FINE_FRAMES, dim=2):
+        frames, fine = _run_levels(some, weights.levels[cut:], fine, repeats=repeats)
+        frames, conv_out = causal_conv(norm_silu(frames, weights.norm_out, overwrite=True), weights.conv_out, conv_out)
+        pixels.append(frames)
+    x = pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=2)
+    return x, History(conv_in, past_middle, (*coarse, *fine), conv_out)
+
+
+def _count_coarse(weights: DecoderWeights) -> int:
+    """How many levels there are up to the last that doubles the frames."""
+    return max((index + 1 for index, (_, up) in enumerate(weights.levels) if up is not None and up.time), default=0)
+
+
+def _run_levels(
+    x: Tensor, levels: Sequence[DecoderLevel], pasts: Sequence[LevelHistory], *, repeats: bool
+) -> tuple[Tensor, tuple[LevelHistory, ...]]:
+    """Residual blocks, then the doubling of the picture if the level has one, level by level."""
+    following = []
+    for (blocks, up), past in zip(levels, pasts, strict=True):
         source = x if repeats and up is not None else None
         past_blocks = []
         for block, past_block in zip(blocks, past.blocks, strict=True):
@@ -92,9 +117,8 @@ def _run_decoder(x: Tensor, weights: DecoderWeights, history: History, *, repeat
             x, past_resample = upsample(x, up, past.resample)
             if source is not None:
                 add_repeated_up_(x, source, 1 if up.time is None else 2)
-        levels.append(LevelHistory(tuple(past_blocks), past_resample))
-    x, conv_out = causal_conv(norm_silu(x, weights.norm_out, overwrite=True), weights.conv_out, history.conv_out)
-    return x, History(conv_in, past_middle, tuple(levels), conv_out)
+        following.append(LevelHistory(tuple(past_blocks), past_resample))
+    return x, tuple(following)
 
 
 def _check_latents(vae: VAEWeights, latents: Tensor) -> None:

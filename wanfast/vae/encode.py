@@ -70,7 +70,7 @@ def encode_chunk(vae: VAEWeights, frames: Tensor, history: History | None) -> tu
         vae: the weights.
         frames: [B, 3, 1, H, W] at the start of a video, [B, 3, 4, H, W] later; in [-1, 1]. Later, several chunks at
             once give the same at a higher peak.
-        history: None for the video's first frame, else as the last call returned it.
+        history: None for the video's first frame, else as the last call returned it; its memory is used again.
 
     Returns:
         fp32 [B, C, 1, H / s, W / s], normalised, and the history for the next chunk.

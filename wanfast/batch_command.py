@@ -1,0 +1,178 @@
+"""`wanfast generate --prompts FILE`: a clip per line, each on disk when it is done; the same command goes on."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wanfast.batch import Job, Made, generate_batch
+from wanfast.command_parts import note, request_for, sources_of
+from wanfast.errors import CheckpointError, MediaError, NumericsError, RequestError
+from wanfast.generation import Inputs
+from wanfast.images import load_image
+from wanfast.loaded import LoadedModel
+from wanfast.lora import Lora, describe_lora, open_loras, parse_lora
+from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
+from wanfast.plan import Plan, request_of
+from wanfast.progress import Progress
+from wanfast.prompt_file import PromptLine, read_prompts
+from wanfast.run_state import RunKeeper, RunState, read_run, resume_file
+from wanfast.video import check_writable, read_settings, write_video
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Clip:
+    """One line, ready to be made."""
+
+    line: PromptLine
+    output: Path
+    plan: Plan
+    inputs: Inputs
+    settings: dict[str, Any]
+    is_there: bool  # made by an earlier run of the same command
+
+
+def make_batch(arguments: argparse.Namespace) -> None:
+    """Make the clips of a parsed `generate --prompts` line; print each one's path as it is done.
+
+    Raises:
+        RequestError: an argument or a line breaks a rule; nothing has been computed then.
+        NumericsError: some clips failed; all others are there.
+    """
+    if arguments.image is not None:
+        raise RequestError("image: must be left out beside --prompts; name it in a .jsonl line")
+    lines = read_prompts(arguments.prompts)
+    specs = [parse_lora(text) for text in arguments.lora]
+    folder = Path(arguments.output or ".").expanduser()
+    if not folder.is_dir():
+        raise RequestError(f"output: must be a folder with --prompts, got {folder}; make it first")
+    model = open_loaded(
+        sources_of(arguments),
+        precision=arguments.precision,
+        vram=arguments.vram,
+        ram=arguments.ram,
+        device=arguments.device,
+    )
+    loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
+    clips = [_prepare(arguments, model, line, folder, loras) for line in lines]
+    note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
+    warn_of_preset(model, clips[0].plan, loras)
+    missing = [clip for clip in clips if not clip.is_there]
+    note(arguments, f"{len(clips)} clips, {len(clips) - len(missing)} of them there already")
+    results = [_result(clip) for clip in clips if clip.is_there]
+    results += _make(arguments, model, missing)
+    if arguments.json:
+        print(json.dumps(results, ensure_ascii=False))
+    failed = [result for result in results if result["error"] is not None]
+    if failed:
+        listed = "; ".join(f"line {result['line']}: {result['error']}" for result in failed)
+        raise NumericsError(f"{len(failed)} of {len(clips)} clips failed: {listed}")
+
+
+def _prepare(
+    arguments: argparse.Namespace, model: LoadedModel, line: PromptLine, folder: Path, loras: tuple[Lora, ...]
+) -> _Clip:
+    """Settle one line, and find what an earlier run of the same command has left of it."""
+    try:
+        image_path = None if line.image is None else Path(arguments.prompts).absolute().parent / line.image
+        image = None if image_path is None else load_image(image_path)
+        asked = argparse.Namespace(**vars(arguments) | line.arguments | {"prompt": line.prompt})
+        plan = plan_for(model, request_for(asked, model.config, image))
+        output = folder / (line.output or _name(line))
+        check_writable(output)
+        inputs = Inputs(image=image, loras=loras)
+        settings = settings_for(model, plan, inputs, None if image_path is None else str(image_path))
+        if arguments.overwrite or not (output.exists() or resume_file(output).exists()):
+            return _Clip(line=line, output=output, plan=plan, inputs=inputs, settings=settings, is_there=False)
+        run = None if output.exists() else read_run(resume_file(output))
+        earlier = read_settings(output) if run is None else run.settings
+    except (RequestError, MediaError, CheckpointError) as error:
+        raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
+    if not _is_same(earlier, settings, is_seed_given=asked.seed is not None):
+        raise RequestError(
+            f"output: must not hold other clips of these names, got {output}; choose another folder or add --overwrite"
+        )
+    seed = earlier["request"]["seed"]
+    return _Clip(
+        line=line,
+        output=output,
+        plan=plan_for(model, replace(request_of(plan), seed=seed)),
+        inputs=replace(inputs, state=None if run is None else run.state),
+        settings=earlier,
+        is_there=run is None,
+    )
+
+
+def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given: bool) -> bool:
+    """Whether a clip was made as this one would be; a seed that was not asked for may be any."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in values.items() if key != "wanfast"}
+        request = dict(kept.get("request") or {})
+        if not is_seed_given:
+            request.pop("seed", None)
+        as_read: dict[str, Any] = json.loads(json.dumps(kept | {"request": request}))  # tuples as lists
+        return as_read
+
+    return plain(earlier) == plain(settings)
+
+
+def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Clip]) -> list[dict[str, Any]]:
+    keepers = [RunKeeper(clip.output, clip.settings) for clip in clips]
+    jobs = [
+        Job(plan=clip.plan, inputs=clip.inputs, on_state=keeper.update)
+        for clip, keeper in zip(clips, keepers, strict=True)
+    ]
+    results = []
+    with _stopped(keepers), Progress(is_shown=not arguments.quiet) as progress:
+
+        def tell(index: int) -> Any:
+            name = clips[index].output.name
+            return lambda stage, done, total: progress.update(stage, done, total, about=name)
+
+        for made in generate_batch(model, jobs, tell):
+            clip = clips[made.index]
+            results.append(_result(clip, _write(clip, made)))
+            if results[-1]["error"] is None:
+                keepers[made.index].finish()
+                if not arguments.json:
+                    print(clip.output, flush=True)
+    return results
+
+
+def _write(clip: _Clip, made: Made) -> Exception | None:
+    """Write a clip's frames; a failure is its own, the others go on."""
+    if made.frames is None:
+        return made.error
+    try:
+        write_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings)
+    except MediaError as error:
+        return error
+    return None
+
+
+@contextmanager
+def _stopped(keepers: Sequence[RunKeeper]) -> Iterator[None]:
+    """When the batch is stopped, keep what was begun, and say how to go on."""
+    try:
+        yield
+    except BaseException:
+        kept: list[RunState] = [state for keeper in keepers if (state := keeper.stop()) is not None]
+        print(f"wanfast: the same command goes on, with {len(kept)} clips begun", file=sys.stderr)
+        raise
+
+
+def _result(clip: _Clip, error: Exception | None = None) -> dict[str, Any]:
+    told = None if error is None else " ".join(str(error).splitlines())
+    return {"line": clip.line.number, "path": str(clip.output), "seed": clip.plan.seed, "error": told}
+
+
+def _name(line: PromptLine) -> str:
+    """Name a clip after its line, the same in every run."""
+    words = re.sub(r"[^\w]+", "-", line.prompt).strip("-")[:50]
+    return f"{line.number:04d}-{words or 'video'}.mp4"

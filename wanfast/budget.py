@@ -1,0 +1,298 @@
+"""Where every byte of a generation lives, stage by stage: settled from sizes alone, and refused where it cannot fit.
+
+A stage is a pass through the code between two releases of memory: text, picture, the steps, decoding. What is counted
+is what torch is asked for, and a fixed share for the driver and its libraries; all of it is computed, none measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from wanfast.config import ModelConfig
+from wanfast.dit.block import CHUNK_TOKENS
+from wanfast.dit.memory import dit_activations
+from wanfast.errors import MemoryBudgetError, RequestError
+from wanfast.plan import Plan, make_plan, request_of
+from wanfast.residency.residency import MIN_SLOTS
+from wanfast.text.memory import text_activations
+from wanfast.vae.memory import VAEActivations, decode_activations, encode_activations
+from wanfast.weight_sizes import WeightSizes
+
+DRIVER_BYTES = 600_000_000  # of a GPU: CUDA's context, loaded kernels, workspaces of cuBLAS
+HOST_RESERVE_BYTES = 2 * 2**30  # what the residency leaves to the system
+_FP32 = 4
+_SOLVER_TENSORS = 6  # latents, noise, velocities and a solver's history, of the latents' size
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage and what it holds on the device at its peak."""
+
+    name: str
+    items: Mapping[str, int]  # what -> bytes, none 0
+
+    @property
+    def total(self) -> int:
+        """The stage's peak."""
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The memory of one generation."""
+
+    stages: tuple[Stage, ...]  # in the order they run
+    limit: int | None  # bytes of the device; None: not known
+    num_slots: int  # equal slots for blocks of the diffusion transformers, at least 2
+    num_blocks: int  # blocks of one expert
+    num_experts: int  # that take steps
+    slot_bytes: int
+    stored: str  # the form of the blocks' projections
+    host: Mapping[str, int] = field(default_factory=dict)  # what -> bytes of host memory
+    host_missing: int = 0  # bytes of blocks that are copied again and for which the host has no room
+    host_limit: int | None = None
+
+    @property
+    def peak(self) -> Stage:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage is within the limit."""
+        return self.limit is None or self.peak.total <= self.limit
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether a whole expert stays on the device."""
+        return self.num_slots >= self.num_blocks
+
+
+def slots_that_fit(free: int, other: int, slot_bytes: int, num_blocks: int) -> int:
+    """Count the slots that a device has room for.
+
+    Args:
+        free: bytes of the device for everything.
+        other: bytes that are no slots: activations, and weights around the blocks.
+        slot_bytes: of one slot.
+        num_blocks: beyond which another slot would stay empty.
+
+    Returns:
+        At most num_blocks; fewer than two, even below zero, where it does not fit.
+    """
+    return min((free - other) // slot_bytes, num_blocks)
+
+
+def make_budget(
+    config: ModelConfig,
+    plan: Plan,
+    sizes: WeightSizes,
+    *,
+    vram: int | None,
+    ram: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Budget:
+    """Place every byte of a planned generation.
+
+    Args:
+        config: the model.
+        plan: made for it.
+        sizes: of its weights.
+        vram: bytes of the device; None is as much as is useful.
+        ram: bytes of the host; None is as much as is useful.
+        chunk_tokens: tokens the diffusion transformer computes at a time.
+
+    Returns:
+        The budget, which may not fit: `fits` says, `refuse_what_cannot_fit` raises.
+    """
+    on_gpu = plan.device.startswith("cuda")
+    always = {"driver and libraries": DRIVER_BYTES} if on_gpu else {}
+    itemsize = 4 if plan.precision == "fp32" else 2
+    experts = tuple(dict.fromkeys(step.expert for step in plan.steps))
+    carried = always | _carried(config, plan, itemsize)
+
+    text = {
+        "two blocks of the encoder": MIN_SLOTS * sizes.text_slot,
+        "activations": text_activations(config.text, num_tokens=config.dit.text_len, num_prompts=2, itemsize=itemsize),
+    }
+    stages = [Stage("text", always | text)]
+    if plan.image_size is not None:
+        encoder = encode_activations(
+            config.vae, height=plan.height, width=plan.width, num_frames=_encoded(plan), is_joined=on_gpu
+        )
+        stages.append(Stage("picture", carried | {"VAE encoder": sizes.vae_encoder} | _vae_items(encoder)))
+
+    around = {"weights around the blocks": sizes.outer * (len(experts) if on_gpu else 1)}
+    around["LoRAs"] = sizes.loras
+    steps = carried | around | _step_items(config, plan, itemsize, chunk_tokens, sizes.is_expanded)
+    num_blocks = config.dit.num_layers
+    wanted = num_blocks * len(experts)
+    most = wanted if vram is None else slots_that_fit(vram, sum(steps.values()), sizes.slot, wanted)
+    num_slots = max(MIN_SLOTS, num_blocks if num_blocks <= most < wanted else most)
+    steps = {_slots_label(num_slots, num_blocks): num_slots * sizes.slot} | steps
+    stages.append(Stage(f"steps ({', '.join(experts)})", steps))
+
+    latent_rows, latent_columns = plan.latent_shape[2:]
+    decoder = decode_activations(
+        config.vae, rows=latent_rows, columns=latent_columns, num_frames=plan.latent_shape[1], is_joined=on_gpu
+    )
+    latents = {"latents": _latent_bytes(plan)}
+    stages.append(Stage("decode", always | latents | {"VAE decoder": sizes.vae_decoder} | _vae_items(decoder)))
+    budget = Budget(
+        stages=tuple(Stage(stage.name, {what: size for what, size in stage.items.items() if size}) for stage in stages),
+        limit=vram,
+        num_slots=num_slots,
+        num_blocks=num_blocks,
+        num_experts=len(experts),
+        slot_bytes=sizes.slot,
+        stored=sizes.stored,
+        host_limit=ram,
+    )
+    again = _copied_again(budget)
+    kept = again if ram is None else max(0, min(again, ram - HOST_RESERVE_BYTES))
+    host = {"left to the system": HOST_RESERVE_BYTES, "blocks that are copied again": kept}
+    return replace(budget, host=host, host_missing=again - kept)
+
+
+def refuse_what_cannot_fit(
+    config: ModelConfig, plan: Plan, sizes: WeightSizes, *, vram: int | None, ram: int | None = None
+) -> Budget:
+    """Make the budget, and refuse a generation that does not fit.
+
+    Raises:
+        MemoryBudgetError: it does not fit; the message has the numbers, and the nearest requests that fit.
+    """
+    budget = make_budget(config, plan, sizes, vram=vram, ram=ram)
+    if budget.fits:
+        return budget
+    assert vram is not None
+    peak = budget.peak
+    largest = sorted(peak.items.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{what} {gigabytes(size)}" for what, size in largest)
+    near = nearest_that_fit(config, plan, sizes, vram=vram)
+    remedy = " or ".join(near) + (" fits" if len(near) == 1 else " fit") if near else "no size of this model fits"
+    raise MemoryBudgetError(
+        f"{'vram' if plan.device.startswith('cuda') else 'ram'}: {plan.width}x{plan.height} with {plan.num_frames}"
+        f" frames needs {gigabytes(peak.total)} at its peak, {peak.name} ({parts}), got {gigabytes(vram)}; {remedy}"
+    )
+
+
+def nearest_that_fit(config: ModelConfig, plan: Plan, sizes: WeightSizes, *, vram: int) -> list[str]:
+    """Search the model's sizes and frame counts for what fits: the most frames at this size, the next size below.
+
+    Returns:
+        At most two, as text; none where even the smallest does not fit.
+    """
+    found = []
+    width, height = plan.asked_size
+    if (frames := _most_frames(config, plan, sizes, width, height, vram)) is not None:
+        found.append(f"{width}x{height} with {frames} frames")
+    smaller = sorted((size for size in _sizes_below(config, width, height)), key=lambda size: -size[0] * size[1])
+    for width, height in smaller:
+        frames = _most_frames(config, plan, sizes, width, height, vram)
+        if frames is not None:
+            found.append(f"{width}x{height} with {frames} frames")
+            break
+    return found
+
+
+def gigabytes(size: int) -> str:
+    """Write an amount of memory as people read it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def budget_to_dict(budget: Budget) -> dict[str, Any]:
+    """Return the budget as JSON-able values, in bytes."""
+    return {
+        "source": "computed",
+        "peak": budget.peak.total,
+        "peak_stage": budget.peak.name,
+        "limit": budget.limit,
+        "stages": {stage.name: dict(stage.items) | {"total": stage.total} for stage in budget.stages},
+        "slots": budget.num_slots,
+        "slot_bytes": budget.slot_bytes,
+        "stored": budget.stored,
+        "expert_is_resident": budget.is_resident,
+        "host": dict(budget.host),
+        "host_peak": sum(budget.host.values()),
+    }
+
+
+def _sizes_below(config: ModelConfig, width: int, height: int) -> list[tuple[int, int]]:
+    """The model's sizes of less area, of the same orientation where there is a choice."""
+    below = [size for size in config.sizes if size[0] * size[1] < width * height]
+    alike = [size for size in below if (size[0] >= size[1]) == (width >= height)]
+    return alike or below
+
+
+def _most_frames(config: ModelConfig, plan: Plan, sizes: WeightSizes, width: int, height: int, vram: int) -> int | None:
+    """The largest number of frames, at most the plan's, that fits; None where one frame does not."""
+    stride = config.vae.temporal_stride
+
+    def fits(latent_frames: int) -> bool:
+        num_frames = (latent_frames - 1) * stride + 1
+        request = replace(request_of(plan), width=width, height=height, num_frames=num_frames)
+        try:
+            smaller = make_plan(config, request, precision=plan.precision, device=plan.device)
+        except RequestError:  # an image too thin for so small an area
+            return False
+        return make_budget(config, smaller, sizes, vram=vram).fits
+
+    low, high = 0, plan.latent_shape[1]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return None if low == 0 else (low - 1) * stride + 1
+
+
+def _carried(config: ModelConfig, plan: Plan, itemsize: int) -> dict[str, int]:
+    """What stays from one stage to the next."""
+    contexts = 2 * config.dit.text_len * config.dit.text_dim * itemsize
+    latents = _latent_bytes(plan)
+    condition = 0
+    if plan.image_size is not None:
+        per_channel = latents // plan.latent_shape[0]
+        is_whole = plan.task == "i2v"
+        condition = (config.dit.in_channels - config.dit.out_channels) * per_channel if is_whole else latents
+    return {"encoded prompts": contexts, "latents and solver": _SOLVER_TENSORS * latents, "picture": condition}
+
+
+def _step_items(config: ModelConfig, plan: Plan, itemsize: int, chunk_tokens: int, is_expanded: bool) -> dict[str, int]:
+    return dit_activations(
+        config.dit,
+        num_tokens=plan.num_tokens,
+        num_contexts=max(step.num_forwards for step in plan.steps),
+        itemsize=itemsize,
+        chunk_tokens=chunk_tokens,
+        is_expanded=is_expanded,
+        timestep_rows=2 if plan.task == "ti2v" and plan.image_size is not None else 1,
+    )
+
+
+def _encoded(plan: Plan) -> int:
+    """Latent frames that the picture is encoded to: with grey ones behind it, or alone."""
+    return plan.latent_shape[1] if plan.task == "i2v" else 1
+
+
+def _vae_items(activations: VAEActivations) -> dict[str, int]:
+    return {"frames remembered": activations.histories, "one chunk of frames": activations.moment}
+
+
+def _latent_bytes(plan: Plan) -> int:
+    channels, frames, rows, columns = plan.latent_shape
+    return channels * frames * rows * columns * _FP32
+
+
+def _slots_label(num_slots: int, num_blocks: int) -> str:
+    if num_slots >= 2 * num_blocks:
+        return "blocks of both experts"
+    if num_slots >= num_blocks:
+        return f"all {num_blocks} blocks of an expert"
+    return f"{num_slots} slots for {num_blocks} blocks"
+
+
+def _copied_again(budget: Budget) -> int:
+    """Bytes of the blocks that are copied more than once; the others only pass through the pages of their files."""
+    if budget.is_resident:
+        return 0
+    return min(budget.num_blocks, budget.num_blocks - budget.num_slots + 1) * budget.num_experts * budget.slot_bytes

@@ -1,0 +1,64 @@
+"""What several commands do alike."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from wanfast.arguments import request_arguments
+from wanfast.checkpoint.lookup import Sources
+from wanfast.config import MODELS, ModelConfig
+from wanfast.errors import RequestError
+from wanfast.plan import Plan
+from wanfast.presets import apply_preset
+from wanfast.request import Request, parse_size
+from wanfast.run_state import RunKeeper
+
+
+def sources_of(arguments: argparse.Namespace) -> Sources:
+    """Pick from a parsed line what names the model's files."""
+    return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
+
+
+def request_for(arguments: argparse.Namespace, config: ModelConfig, image: Image.Image | None) -> Request:
+    """Turn a parsed line into a request."""
+    if arguments.task is not None and MODELS[arguments.task].task != config.task:
+        raise RequestError(
+            f"task: must be that of the model, got {arguments.task} for a {config.name} model; leave --task out"
+        )
+    width, height = parse_size(arguments.size, config) if arguments.size else (None, None)
+    asked = request_arguments(arguments)
+    image_size = None if image is None else image.size
+    request = Request(asked.pop("prompt"), width=width, height=height, image_size=image_size, **asked)
+    return apply_preset(request, arguments.preset)
+
+
+@contextmanager
+def kept_on_disk(output: Path, settings: dict[str, Any], plan: Plan) -> Iterator[RunKeeper]:
+    """Keep a run on disk as it goes; when it stops before its clip is there, say how to go on."""
+    keeper = RunKeeper(output, settings)
+    try:
+        yield keeper
+    except BaseException:
+        if (state := keeper.stop()) is not None:
+            done = f"after step {state.next_step} of {len(plan.steps)}"
+            print(f"wanfast: `wanfast resume {shlex.quote(str(keeper.file))}` goes on {done}", file=sys.stderr)
+        raise
+    keeper.finish()
+
+
+def absolute(path: str | None) -> str | None:
+    """Make a path absolute, if there is one."""
+    return None if path is None else str(Path(path).absolute())
+
+
+def note(arguments: argparse.Namespace, *lines: str) -> None:
+    """Print lines on stderr, unless the user wants it quiet."""
+    if not arguments.quiet:
+        for line in lines:
+            print(line, file=sys.stderr)

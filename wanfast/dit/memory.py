@@ -1,0 +1,59 @@
+"""What a forward of the DiT holds beside its weights, counted from the tensors that `block.py` and `model.py` make.
+
+Where a kernel's torch reference widens to fp32 and the GPU's kernel does not, the reference is counted.
+"""
+
+import math
+
+from wanfast.config import DiTConfig
+
+_FP32, _COMPLEX64 = 4, 8
+
+
+def dit_activations(
+    config: DiTConfig,
+    *,
+    num_tokens: int,
+    num_contexts: int,
+    itemsize: int,
+    chunk_tokens: int,
+    is_expanded: bool = False,
+    timestep_rows: int = 1,
+) -> dict[str, int]:
+    """Count what `predict_velocities` holds at its peak, for one sample.
+
+    Args:
+        config: sizes of the DiT.
+        num_tokens: T.
+        num_contexts: streams that are alive together: 2 with guidance, else 1.
+        itemsize: bytes of a number in the dtype of the projections, 2 or 4.
+        chunk_tokens: tokens computed at a time.
+        is_expanded: whether projections are stored in fewer bits and expanded where they are used.
+        timestep_rows: 2 where the first frame has a timestep of its own.
+
+    Returns:
+        Bytes by what they are for; their sum is the peak.
+    """
+    dim, run = config.dim, min(chunk_tokens, num_tokens)
+    full_length = 3 * num_tokens * dim * itemsize
+    # The loop over queries and keys: x, its projection, and in rms_norm, where it is of 16 bits, a wide copy, the
+    # rounded one, that widened again, and the product with the weight.
+    tensors = 2 * itemsize + 4 + 2 + 4 + 4 if itemsize < _FP32 else 3 * itemsize
+    self_attention = full_length + run * dim * tensors
+    # The loop over the FFN: x, the one of the run before, and the hidden layer before and after GELU.
+    feed_forward = run * 2 * (dim + config.ffn_dim) * itemsize
+    # The head: a normed run, the patches of every context, and those that are being rearranged.
+    patch = math.prod(config.patch_size) * config.out_channels
+    head = (run * dim + num_tokens * patch * (num_contexts + 1)) * _FP32
+    if is_expanded:
+        self_attention += 4 * dim * dim * itemsize
+        feed_forward += 2 * dim * config.ffn_dim * itemsize
+    largest = max(self_attention, feed_forward, head)
+    full_length = full_length if largest == self_attention else 0
+    return {
+        "residual streams": num_contexts * num_tokens * dim * _FP32,
+        "queries, keys, values": full_length,
+        "one run of tokens": largest - full_length,
+        "rotations": num_tokens * config.head_dim // 2 * _COMPLEX64,
+        "text and timestep": num_contexts * config.text_len * dim * itemsize + timestep_rows * 13 * dim * _FP32,
+    }

@@ -1,0 +1,117 @@
+"""What the weights of a model take in memory, from its sizes and how its files store them; nothing is read."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from wanfast.checkpoint.reader import Reader
+from wanfast.config import ModelConfig
+from wanfast.dit import weights as dit_weights
+from wanfast.errors import RequestError
+from wanfast.kernels.gguf_blocks import FORMATS
+from wanfast.plan import Precision
+from wanfast.residency import packed_bytes
+from wanfast.text import weights as text_weights
+from wanfast.vae.sizes import expected_tensors as vae_tensors
+
+Half = Literal["encoder", "decoder"]
+
+STORED = ("bf16", "fp8", "int8", *(kind.lower() for kind in FORMATS if kind.startswith("Q")))
+_UPSAMPLING = ".resample.1.weight"  # its nine taps become four times four
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSizes:
+    """Bytes of weights as they lie on the device."""
+
+    slot: int  # a block of a diffusion transformer
+    outer: int  # what stands around the blocks of one expert
+    text_slot: int  # a block of the text encoder
+    vae_encoder: int
+    vae_decoder: int
+    stored: str  # how the files hold the projections
+    is_expanded: bool  # whether they are expanded where they are used
+    loras: int = 0  # what LoRAs add to the expert that is used
+
+
+def parse_stored(text: str) -> str:
+    """Read a storage format's name, such as fp8 or Q4_K.
+
+    Raises:
+        RequestError: there is no such format.
+    """
+    if text.lower() not in STORED:
+        raise RequestError(f"stored: must be one of {', '.join(STORED)}, got {text!r}")
+    return text.lower()
+
+
+def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16") -> WeightSizes:
+    """Count the bytes of a model whose projections are all stored in one format.
+
+    Args:
+        config: the model.
+        precision: it computes in.
+        stored: one of STORED; bf16 becomes the precision's dtype when it is loaded, the others stay as they are.
+    """
+    itemsize = 4 if precision == "fp32" else 2
+    block, outer, text = [], 0, []
+    for name, shape in dit_weights.expected_tensors(config.dit).items():
+        if name.startswith("blocks.0."):
+            block += _tensor_bytes(shape, stored, itemsize)
+        elif not name.startswith("blocks."):
+            outer += math.prod(shape) * (4 if dit_weights.is_fp32(name) else itemsize)
+    for name, shape in text_weights.expected_tensors(config.text).items():
+        if name.startswith("blocks.0."):
+            text += _tensor_bytes(shape, "bf16", itemsize)
+    return WeightSizes(
+        slot=packed_bytes(block),
+        outer=outer,
+        text_slot=packed_bytes(text),
+        vae_encoder=vae_bytes(config, "encoder"),
+        vae_decoder=vae_bytes(config, "decoder"),
+        stored=stored,
+        is_expanded=stored != "bf16",
+    )
+
+
+def largest_block(reader: Reader, dtype: torch.dtype) -> int:
+    """Bytes that the largest block takes in a slot at most, from the headers alone."""
+    sizes: dict[str, list[int]] = {}
+    for name in reader.names():
+        if name.startswith("blocks."):
+            sizes.setdefault(name.split(".")[1], []).extend(_stored_bytes(reader, name, dtype))
+    return max(packed_bytes(block) for block in sizes.values())
+
+
+def vae_bytes(config: ModelConfig, half: Half) -> int:
+    """Bytes of one half of the VAE in fp32, its upsampling laid out as it is used."""
+    outside = "conv1." if half == "encoder" else "conv2."
+    total = 0
+    for name, shape in vae_tensors(config.vae).items():
+        if name.startswith((f"{half}.", outside)):
+            spread = 16 / 9 if half == "decoder" and name.endswith(_UPSAMPLING) else 1
+            total += round(math.prod(shape) * 4 * spread)
+    return total
+
+
+def _tensor_bytes(shape: tuple[int, ...], stored: str, itemsize: int) -> list[int]:
+    if len(shape) != 2:
+        return [math.prod(shape) * 4]  # norms, modulation and biases: fp32 at most
+    if stored == "bf16":
+        return [math.prod(shape) * itemsize]
+    if stored in ("fp8", "int8"):
+        return [math.prod(shape), shape[0] * 4]  # numbers, and a scale for each row
+    form = FORMATS[stored.upper()]
+    return [math.prod(shape) // form.elements * form.num_bytes]
+
+
+def _stored_bytes(reader: Reader, name: str, dtype: torch.dtype) -> list[int]:
+    ref = reader.ref(name)
+    if len(ref.shape) != 2 or "pos_embedding" in name or not name.endswith(".weight"):
+        return [math.prod(ref.shape) * 4]  # fp32 at most
+    if ref.stored_as is None:
+        return [math.prod(ref.shape) * dtype.itemsize]
+    scale = max(ref.shape[0], math.prod(-(-size // 128) for size in ref.shape)) * 4
+    return [ref.num_bytes, scale]
