@@ -39,6 +39,7 @@ setup(
     packages=[
         "wanfast",
         "wanfast.checkpoint",
+        "wanfast.diffusers_backend",
         "wanfast.dit",
         "wanfast.residency",
         "wanfast.text",

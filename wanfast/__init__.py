@@ -12,6 +12,9 @@ from wanfast.version import __version__
 
 if TYPE_CHECKING:
     from wanfast.config import MODELS, ModelConfig
+    from wanfast.diffusers_backend.accelerate import accelerate as accelerate
+    from wanfast.diffusers_backend.accelerate import restore as restore
+    from wanfast.diffusers_backend.transformer import WanFastTransformer3DModel as WanFastTransformer3DModel
     from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
     from wanfast.lora import LoraSpec
     from wanfast.pipeline import Pipeline, load
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
     from wanfast.solvers import Step
     from wanfast.video import Video
 
-# Importing torch takes seconds on a cold machine: the names below are fetched when they are first used.
+# Importing torch takes seconds on a cold machine, and diffusers need not be there: the names below are fetched when
+# they are first used.
 _HOME = {
     "MODELS": "config",
     "CheckpointError": "errors",
@@ -35,9 +39,13 @@ _HOME = {
     "RequestError": "errors",
     "Step": "solvers",
     "Video": "video",
+    "WanFastTransformer3DModel": "diffusers_backend.transformer",
+    "accelerate": "diffusers_backend.accelerate",
     "load": "pipeline",
+    "restore": "diffusers_backend.accelerate",
 }
 
+# Without the names that need diffusers: `from wanfast import *` works where it is not installed.
 __all__ = [
     "MODELS",
     "CheckpointError",
@@ -64,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOME})

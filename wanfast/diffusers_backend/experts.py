@@ -1,0 +1,238 @@
+"""The transformers of a pipeline as wanfast's DiT reads them: from the modules that own their weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from wanfast.adapter import Adapter, attach, make_adapter
+from wanfast.checkpoint.bind import check_names
+from wanfast.checkpoint.reader import Reader, memory_reader
+from wanfast.config import DiTConfig, ExpertName
+from wanfast.diffusers_backend.checks import check_module
+from wanfast.diffusers_backend.mapped import own_written_pages
+from wanfast.diffusers_backend.snapshot import Snapshot, active_loras, official_tensors, unmerge_disabled
+from wanfast.dit.weights import BlockWeights, OuterWeights, expected_tensors, load_block, load_outer
+from wanfast.errors import RequestError
+from wanfast.residency import Residency, map_tensors, parse_bytes, to_device
+
+Blocks = Callable[[], Iterator[BlockWeights]]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert, ready for passes over its blocks."""
+
+    config: DiTConfig  # text_len is 0: a pipeline's prompts have any length
+    outer: OuterWeights
+    blocks: Blocks  # the blocks in order, anew at each call
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One expert's weights where its module has them; views, but for what is computed in another dtype."""
+
+    snapshot: Snapshot
+    reader: Reader
+    config: DiTConfig
+    dtype: torch.dtype  # of the computation
+    outer: OuterWeights
+    blocks: tuple[BlockWeights, ...]  # empty where each is cast as it is used
+
+    def block(self, index: int) -> BlockWeights:
+        return self.blocks[index] if self.blocks else load_block(self.reader, self.config, index, self.dtype)
+
+
+_Modules = dict[ExpertName, ReferenceType[nn.Module]]
+
+
+class Experts:
+    """The weights of a pipeline's transformers, with what of them is on the device where there is a bound.
+
+    Without a bound weights are used where the module's owner put them. With one they stay in host memory; one expert at
+    a time has blocks on the device, as many as the bound allows, and the others pass through.
+    """
+
+    def __init__(self, modules: Mapping[ExpertName, nn.Module], precision: str, vram: int | str | None) -> None:
+        """Read nothing yet.
+
+        Args:
+            modules: WanTransformer3DModels by expert.
+            precision: "auto", "fp32" or "exact".
+            vram: bytes of the device that blocks may keep; None is no bound.
+
+        Raises:
+            RequestError: precision or vram is not as above.
+        """
+        if precision not in ("auto", "fp32", "exact"):
+            raise RequestError(f"precision: must be auto, fp32 or exact, got {precision!r}")
+        self.budget = None if vram is None else parse_bytes("vram", vram)
+        self.precision = precision
+        # Weak, so that a module nobody else holds is gone at once, and what is held of it with it.
+        self._modules: _Modules = {name: ref(module) for name, module in modules.items()}
+        self._held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+        self._residency: Residency[BlockWeights] | None = None
+        self._device: torch.device | None = None
+        self._outer: tuple[ExpertName, OuterWeights] | None = None
+        self._adapters: dict[ExpertName, tuple[tuple[object, ...], Adapter | None]] = {}
+
+    def __deepcopy__(self, memo: object) -> "Experts":
+        """A copied module finds that these are another's, and makes its own."""
+        return self
+
+    def owns(self, name: ExpertName, module: nn.Module) -> bool:
+        """Whether an expert's weights are this module's."""
+        return self._modules[name]() is module
+
+    def open(self, name: ExpertName, device: torch.device, *, lora_scale: float = 1.0) -> Expert:
+        """Give an expert's weights as its module has them now.
+
+        Args:
+            name: of the expert.
+            device: where they are used.
+            lora_scale: multiplies the strength of every LoRA.
+
+        Raises:
+            RequestError: the module is in a state that wanfast cannot compute, or on another device.
+            CheckpointError: its tensors are not those of a Wan 2.2 transformer, or not finite.
+        """
+        held = self._current(name)
+        if self.budget is None:
+            _check_device(held, device)
+            outer, blocks = held.outer, held.blocks.__iter__
+        else:
+            outer, blocks = self._stream(name, held, device)
+        adapter = self._adapter(name, held, lora_scale, device)
+        if adapter is None:
+            return Expert(held.config, outer, blocks)
+        return Expert(held.config, attach(outer, adapter.outer), lambda: map(attach, blocks(), adapter.blocks))
+
+    def release(self) -> None:
+        """Let go what was brought to the device for a bound; the next forward brings it anew."""
+        self._outer = None
+        if self._residency is not None:
+            self._residency.release()
+
+    def _current(self, name: ExpertName) -> _Held:
+        module = _module(self._modules, name)
+        held = self._held.get(module)
+        if held is None or not held.snapshot.is_current():
+            self.release()
+            self._adapters.pop(name, None)
+            held = self._held.pop(module, None)
+            held = None  # what it copied is free before the next copies are made
+            held = self._held[module] = self._hold(name, module)
+        return held
+
+    def _hold(self, name: ExpertName, module: nn.Module) -> _Held:
+        check_module(name, module)
+        unmerge_disabled(module)
+        if self.budget is not None:
+            own_written_pages(module)
+        tensors = official_tensors(module)
+        config = config_of(module)
+        reader = memory_reader(tensors, f"{name} transformer of the pipeline")
+        check_names(reader, expected_tensors(config), part=f"{name} diffusion transformer")
+        stored = tensors["blocks.0.self_attn.q.weight"].dtype
+        dtype = _compute_dtype(self.precision, stored)
+        is_kept = self.budget is None or dtype == stored
+        indices = range(config.num_layers) if is_kept else ()
+        outer = load_outer(reader, config, dtype)
+        blocks = tuple(load_block(reader, config, index, dtype) for index in indices)
+        taken = _addresses((outer, blocks)) if self.budget is None else frozenset()
+        return _Held(Snapshot(module, taken), reader, config, dtype, outer, blocks)
+
+    def _stream(self, name: ExpertName, held: _Held, device: torch.device) -> tuple[OuterWeights, Blocks]:
+        if self._residency is None or self._device != device:
+            self.release()  # of the device before
+            # No pinned copies in host memory: the weights are there already, with their owner.
+            load = partial(_load, self._modules, self._held)  # not a method: it would keep `self` alive
+            self._residency = Residency(load, held.config.num_layers, device, self.budget, ram=0)
+            self._device = device
+        if self._outer is None or self._outer[0] != name:
+            self._outer = None
+            self._outer = (name, to_device(held.outer, device))
+        return self._outer[1], partial(self._residency.blocks, name)
+
+    def _adapter(self, name: ExpertName, held: _Held, scale: float, device: torch.device) -> Adapter | None:
+        """Give what active LoRAs add, read once for as long as module, scale and device stay the same."""
+        if not held.snapshot.has_adapters:
+            return None
+        key = (scale, device)
+        if name not in self._adapters or self._adapters[name][0] != key:
+            loras = active_loras(_module(self._modules, name), name, scale)
+            adapter = make_adapter(loras, name, held.config, held.dtype, device) if loras else None
+            self._adapters[name] = (key, adapter)
+        return self._adapters[name][1]
+
+
+def _module(modules: _Modules, name: ExpertName) -> nn.Module:
+    module = modules[name]()
+    assert module is not None, "a module asks for its own weights"
+    return module
+
+
+def _load(modules: _Modules, held: Mapping[nn.Module, _Held], name: ExpertName, index: int) -> BlockWeights:
+    return held[_module(modules, name)].block(index)
+
+
+def _addresses(weights: object) -> frozenset[int]:
+    found = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        found.add(tensor.data_ptr())
+        return tensor
+
+    map_tensors(weights, note)
+    return frozenset(found)
+
+
+def config_of(module: Any) -> DiTConfig:
+    """Read a transformer's sizes from its diffusers config.
+
+    Raises:
+        RequestError: it has a part that Wan 2.2 does not have.
+    """
+    config = module.config
+    foreign = [name for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len") if config[name] is not None]
+    if foreign:
+        raise RequestError(
+            f"transformer: must be of Wan 2.2, got one with {foreign[0]}, the image attention of Wan 2.1; "
+            "wanfast does not have it"
+        )
+    if config["qk_norm"] != "rms_norm_across_heads":
+        raise RequestError(f"transformer: its qk_norm must be rms_norm_across_heads, got {config['qk_norm']!r}")
+    pf, ph, pw = config["patch_size"]
+    return DiTConfig(
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"] or config["in_channels"],
+        dim=config["num_attention_heads"] * config["attention_head_dim"],
+        ffn_dim=config["ffn_dim"],
+        num_heads=config["num_attention_heads"],
+        num_layers=config["num_layers"],
+        text_dim=config["text_dim"],
+        text_len=0,
+        freq_dim=config["freq_dim"],
+        patch_size=(pf, ph, pw),
+        eps=config["eps"],
+    )
+
+
+def _compute_dtype(precision: str, stored: torch.dtype) -> torch.dtype:
+    """Settle what blocks compute in; "exact" is 16 bits, of the weights' own kind where they have one."""
+    if precision == "fp32" or (precision == "auto" and stored == torch.float32):
+        return torch.float32
+    return torch.bfloat16 if stored == torch.float32 else stored
+
+
+def _check_device(held: _Held, device: torch.device) -> None:
+    place = held.outer.head.weight.device
+    if place != device:
+        raise RequestError(
+            f"transformer: must be on the device of its inputs, {device}, got {place}; move it with"
+            f" pipe.to({str(device)!r}), or leave it in host memory with wanfast.accelerate(pipe, vram=...)"
+        )
