@@ -11,19 +11,18 @@ Source     comfyanonymous/ComfyUI, comfy/ops.py (scale_weight); ModelTC/LightX2V
            thu-ml/TurboDiffusion, turbodiffusion/ops/core.py (128 x 128 blocks).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from wanfast.block_sizes import SCALE_BLOCK, block_counts
 
 from ._checks import COMPUTE_DTYPES, require
 from ._launch import on_device_of, runs_triton, tl, triton
 
-BLOCK = 128  # weights on a side of a square block with a scale of its own
 STORED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 NUM_WARPS = 4
 WIDE_TILE = {"ROWS": 4, "COLUMNS": 1024, "SIDE": 1}
-BLOCK_TILE = {"ROWS": 32, "COLUMNS": BLOCK, "SIDE": BLOCK}  # a tile lies within one block
+BLOCK_TILE = {"ROWS": 32, "COLUMNS": SCALE_BLOCK, "SIDE": SCALE_BLOCK}  # a tile lies within one block
 
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs whose instructions convert fp8
 
@@ -32,9 +31,10 @@ def dequantize_scaled_reference(values: Tensor, scale: Tensor, *, dtype: torch.d
     """The formula above in plain torch: the truth the kernel is held to, and the path without a GPU."""
     y = torch.empty(values.shape, dtype=dtype, device=values.device)
     is_blocked = _is_blocked(values, scale)
-    scales = scale if is_blocked else scale.expand(values.shape[0], 1).split(BLOCK)
-    for strip, out, row in zip(values.split(BLOCK), y.split(BLOCK), scales, strict=True):  # its fp32 stays in cache
-        out.copy_(strip.float().mul_(row.repeat_interleave(BLOCK)[: y.shape[1]] if is_blocked else row))
+    scales = scale if is_blocked else scale.expand(values.shape[0], 1).split(SCALE_BLOCK)
+    strips = zip(values.split(SCALE_BLOCK), y.split(SCALE_BLOCK), scales, strict=True)
+    for strip, out, row in strips:  # its fp32 stays in cache
+        out.copy_(strip.float().mul_(row.repeat_interleave(SCALE_BLOCK)[: y.shape[1]] if is_blocked else row))
     return y
 
 
@@ -111,11 +111,6 @@ def dequantize_scaled(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> T
     require(dtype in COMPUTE_DTYPES, "dtype: must be float32, bfloat16 or float16", dtype)
     run = dequantize_scaled_triton if runs_triton(values) and _converts(values) else dequantize_scaled_reference
     return run(values, scale, dtype=dtype)
-
-
-def block_counts(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the scales of a matrix that has one per square block."""
-    return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
 def _is_blocked(values: Tensor, scale: Tensor) -> bool:

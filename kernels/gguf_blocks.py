@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanfast.block_sizes import GGUF_BLOCKS
+
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
@@ -151,19 +153,19 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 FORMATS: Mapping[str, BlockFormat] = {
-    "F32": BlockFormat(1, 4, lambda blocks: blocks.view(torch.float32)),
-    "F16": BlockFormat(1, 2, lambda blocks: blocks.view(torch.float16)),
-    "BF16": BlockFormat(1, 2, lambda blocks: blocks.view(torch.bfloat16)),
-    "Q8_0": BlockFormat(32, 34, _q8_0, scales_at=(0,)),
-    "Q4_0": BlockFormat(32, 18, _q4_0, scales_at=(0,)),
-    "Q4_1": BlockFormat(32, 20, _q4_1, scales_at=(0, 2)),
-    "Q5_0": BlockFormat(32, 22, _q5_0, scales_at=(0,)),
-    "Q5_1": BlockFormat(32, 24, _q5_1, scales_at=(0, 2)),
-    "Q2_K": BlockFormat(256, 84, _q2_k, scales_at=(80, 82)),
-    "Q3_K": BlockFormat(256, 110, _q3_k, scales_at=(108,)),
-    "Q4_K": BlockFormat(256, 144, _q4_k, scales_at=(0, 2)),
-    "Q5_K": BlockFormat(256, 176, _q5_k, scales_at=(0, 2)),
-    "Q6_K": BlockFormat(256, 210, _q6_k, scales_at=(208,)),
+    "F32": BlockFormat(*GGUF_BLOCKS["F32"], lambda blocks: blocks.view(torch.float32)),
+    "F16": BlockFormat(*GGUF_BLOCKS["F16"], lambda blocks: blocks.view(torch.float16)),
+    "BF16": BlockFormat(*GGUF_BLOCKS["BF16"], lambda blocks: blocks.view(torch.bfloat16)),
+    "Q8_0": BlockFormat(*GGUF_BLOCKS["Q8_0"], _q8_0, scales_at=(0,)),
+    "Q4_0": BlockFormat(*GGUF_BLOCKS["Q4_0"], _q4_0, scales_at=(0,)),
+    "Q4_1": BlockFormat(*GGUF_BLOCKS["Q4_1"], _q4_1, scales_at=(0, 2)),
+    "Q5_0": BlockFormat(*GGUF_BLOCKS["Q5_0"], _q5_0, scales_at=(0,)),
+    "Q5_1": BlockFormat(*GGUF_BLOCKS["Q5_1"], _q5_1, scales_at=(0, 2)),
+    "Q2_K": BlockFormat(*GGUF_BLOCKS["Q2_K"], _q2_k, scales_at=(80, 82)),
+    "Q3_K": BlockFormat(*GGUF_BLOCKS["Q3_K"], _q3_k, scales_at=(108,)),
+    "Q4_K": BlockFormat(*GGUF_BLOCKS["Q4_K"], _q4_k, scales_at=(0, 2)),
+    "Q5_K": BlockFormat(*GGUF_BLOCKS["Q5_K"], _q5_k, scales_at=(0, 2)),
+    "Q6_K": BlockFormat(*GGUF_BLOCKS["Q6_K"], _q6_k, scales_at=(208,)),
 }
 
 

@@ -13,6 +13,7 @@ EVERYTHING = sorted(
 
 # A module imports from floors below its own; modules inside one package folder may import each other.
 FLOOR = {
+    "block_sizes": -1,  # numbers that the kernels read too
     "errors": 0,
     "config": 0,
     "version": 0,
@@ -46,6 +47,7 @@ FLOOR = {
     "lora": 4,
     "adapter": 5,
     "lora_summary": 5,
+    "inspect_command": 6,
     "presets": 4,
     "settings": 4,
     "model": 4,

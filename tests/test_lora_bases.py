@@ -15,7 +15,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from wanfast.adapter import attach, make_adapter
-from wanfast.checkpoint.files import TensorRef
+from wanfast.checkpoint.files import TensorRef, dtype_name
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import MODELS
 from wanfast.dit.model import predict_velocities
@@ -51,11 +51,14 @@ FORMS: dict[str, Callable[[Tensor], Weight]] = {
 
 
 def reader_of(weights: Mapping[str, Weight]) -> Reader:
+    file = Path("memory")
     refs = {
-        name: TensorRef(Path("memory"), name, tuple(weight.shape), weight.dtype, partial(lambda kept: kept, weight))
+        name: TensorRef(
+            file, name, tuple(weight.shape), dtype_name(weight.dtype), partial(lambda kept: kept, weight), bytes
+        )
         for name, weight in weights.items()
     }
-    return Reader(refs, Path("memory"))
+    return Reader(refs, file)
 
 
 def stored(form: str) -> dict[str, Weight]:

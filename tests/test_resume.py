@@ -17,6 +17,7 @@ import wanfast.commands as commands
 import wanfast.run_state as run_state
 from wanfast.__main__ import main
 from wanfast.checkpoint.safetensors_format import safetensors_metadata
+from wanfast.errors import MediaError
 from wanfast.loaded import LoadedModel
 from wanfast.run_state import RunKeeper, RunState, read_run
 from wanfast.video import read_video
@@ -112,7 +113,7 @@ def test_steps_that_are_done_are_not_taken_again(
             pass
         raise wanfast_error
 
-    wanfast_error = commands.MediaError("a.mp4: the disk is full")
+    wanfast_error = MediaError("a.mp4: the disk is full")
     with monkeypatch.context() as broken:
         broken.setattr(commands, "write_video", failing)
         assert main(line(models("t2v"))) == 1

@@ -4,13 +4,17 @@ The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 fail
 143 terminated (SIGTERM).
 """
 
+import argparse
+import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
+
+from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -34,15 +38,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             _unwind_on_sigterm()
         with _interrupts_held_back():
-            from wanfast.commands import run
-
-        return run(arguments)
+            command = _command(arguments.command)
+        return _run(command, arguments)
     except _Terminated:
         print(f"wanfast: terminated; {_left_behind(arguments.command)}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print(f"wanfast: cancelled; {_left_behind(arguments.command)}", file=sys.stderr)
         return 130
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], None]:
+    """Import what does a command."""
+    if name == "inspect":  # alone it needs no torch, and is done before torch would be imported
+        from wanfast.inspect_command import inspect
+
+        return inspect
+    from wanfast.commands import COMMANDS
+
+    return COMMANDS[name]
+
+
+def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+    """Run a parsed command; what a user can mend is one line on stderr and code 2 for a bad request, 1 for the rest."""
+    try:
+        with _warnings_on_stderr():
+            command(arguments)
+    except (RequestError, CheckpointError, MediaError, MemoryBudgetError, NumericsError) as error:
+        told = " ".join(str(error).splitlines())
+        # A file can hold a name with any characters: those that steer a terminal are spelled out.
+        plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in told)
+        print(f"wanfast {arguments.command}: {plain}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    return 0
+
+
+@contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Show what the library logs as warnings, each as one line."""
+    logger, handler = logging.getLogger("wanfast"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("wanfast: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _left_behind(command: str) -> str:

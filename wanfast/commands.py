@@ -1,29 +1,24 @@
-"""What each command does, once its line is parsed."""
+"""What each command does, once its line is parsed; `inspect` has a module of its own."""
 
 import argparse
 import json
-import logging
 import os
 import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from wanfast.batch_command import make_batch
-from wanfast.checkpoint.inspect import describe, format_description
 from wanfast.checkpoint.lookup import Sources
 from wanfast.command_parts import absolute, kept_on_disk, note, request_for, sources_of
 from wanfast.convert import convert_model
 from wanfast.doctor import diagnose, findings_to_dict, format_findings, probe
-from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
+from wanfast.errors import RequestError
 from wanfast.generation import Inputs, generate_frames
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
-from wanfast.lora_summary import lora_summary
 from wanfast.model import open_model
 from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan
@@ -31,35 +26,7 @@ from wanfast.plan_command import show_plan
 from wanfast.progress import Progress
 from wanfast.run_state import RunState, read_run, resume_file
 from wanfast.settings import Recorded, RecordedLora, image_digest, read_recorded
-from wanfast.video import check_writable, probe_video, read_settings, write_video
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run a parsed command; what a user can mend is one line on stderr and code 2 for a bad request, 1 for the rest."""
-    commands = {"generate": _generate, "plan": _plan, "inspect": _inspect, "convert": _convert}
-    commands |= {"rerun": _rerun, "resume": _resume, "doctor": _doctor}
-    try:
-        with _warnings_on_stderr():
-            commands[arguments.command](arguments)
-    except (RequestError, CheckpointError, MediaError, MemoryBudgetError, NumericsError) as error:
-        told = " ".join(str(error).splitlines())
-        # A file can hold a name with any characters: those that steer a terminal are spelled out.
-        plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in told)
-        print(f"wanfast {arguments.command}: {plain}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    return 0
-
-
-@contextmanager
-def _warnings_on_stderr() -> Iterator[None]:
-    """Show what the library logs as warnings, each as one line."""
-    logger, handler = logging.getLogger("wanfast"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("wanfast: %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+from wanfast.video import check_writable, read_settings, write_video
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -85,19 +52,6 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     _check_output(arguments)
     show_plan(arguments)
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    path = Path(arguments.path)
-    if path.suffix.lower() == ".mp4":
-        clip = probe_video(path)
-        print(json.dumps(clip, ensure_ascii=False, indent=2) if arguments.json else _format_clip(clip))
-        return
-    if (lora := lora_summary(path)) is not None:
-        print(json.dumps(lora, ensure_ascii=False, indent=2) if arguments.json else _format_clip(lora))
-        return
-    description = describe(path)
-    print(json.dumps(description, ensure_ascii=False, indent=2) if arguments.json else format_description(description))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -237,9 +191,11 @@ def _headline(plan: Plan) -> str:
     )
 
 
-def _format_clip(clip: dict[str, Any]) -> str:
-    width = max(map(len, clip)) + 2
-    return "\n".join(
-        f"{key:<{width}}{json.dumps(value, ensure_ascii=False, indent=2) if isinstance(value, dict) else value}"
-        for key, value in clip.items()
-    )
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "generate": _generate,
+    "plan": _plan,
+    "convert": _convert,
+    "rerun": _rerun,
+    "resume": _resume,
+    "doctor": _doctor,
+}

@@ -8,17 +8,18 @@ import json
 import logging
 import math
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from wanfast.checkpoint.files import read_json
+from wanfast.checkpoint.files import TensorRef, read_json
 from wanfast.checkpoint.reader import Reader, open_file
 from wanfast.checkpoint.safetensors_format import safetensors_metadata
 from wanfast.config import ExpertName, ModelConfig
-from wanfast.dit.weights import expected_tensors
+from wanfast.dit.tensors import expected_tensors
 from wanfast.errors import CheckpointError, RequestError
 from wanfast.lora_names import LoraKey, Part, module_names, other_method, read_key, reason_to_skip
 
@@ -29,6 +30,7 @@ Target = Literal["high_noise", "low_noise", "both"]
 _FORM = "FILE[:strength][@high|@low|@both]"
 _TARGETS: dict[str, Target] = {"high": "high_noise", "low": "low_noise", "both": "both"}
 _NAMED = 3  # keys a message lists
+_NUMBERS = {"float64": "<d", "float32": "<f", "float16": "<e", "int64": "<q", "int32": "<i"}  # as `struct` reads them
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,12 +299,21 @@ def _scale(
     rank = reader.shape(keys["down"])[0]
     alpha = alphas.get(module, alphas.get(""))
     if "alpha" in keys:
-        tensor = reader.load(keys["alpha"])
-        if math.prod(tensor.shape) != 1 or not math.isfinite(alpha := float(cast("Any", tensor).item())):
+        ref = reader.ref(keys["alpha"])
+        if math.prod(ref.shape) != 1 or not math.isfinite(alpha := _number(ref)):
             raise CheckpointError(f"{reader.where(keys['alpha'])} must be one finite number, as an alpha is")
     if alpha is None:
         return 1.0
     return alpha / math.sqrt(rank) if is_stabilised or spec.is_rank_stabilised else alpha / rank
+
+
+def _number(ref: TensorRef) -> float:
+    """The only number of a tensor; torch is imported for a dtype that no published file has."""
+    if ref.dtype_name == "bfloat16":
+        return float(struct.unpack("<f", bytes(2) + ref.first_bytes(2))[0])  # the upper half of fp32
+    if ref.dtype_name in _NUMBERS:
+        return float(struct.unpack(_NUMBERS[ref.dtype_name], ref.first_bytes(ref.num_bytes))[0])
+    return float(cast("Any", ref.load()).item())
 
 
 def _stated_scaling(path: Path, names: Mapping[str, str]) -> tuple[dict[str, float], bool]:

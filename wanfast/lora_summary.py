@@ -7,7 +7,7 @@ from typing import Any
 
 from wanfast.checkpoint.reader import Reader, open_file
 from wanfast.config import MODELS, T2V_A14B
-from wanfast.dit.weights import expected_tensors
+from wanfast.dit.tensors import expected_tensors
 from wanfast.errors import CheckpointError
 from wanfast.lora import Lora, LoraSpec, open_lora
 from wanfast.lora_names import LoraKey, module_names, other_method, read_key
@@ -77,5 +77,5 @@ def _layers(keys: dict[str, LoraKey]) -> dict[str, int]:
 
 
 def _dtypes(reader: Reader) -> dict[str, int]:
-    counts = Counter(str(reader.dtype(name)).removeprefix("torch.") for name in reader.names())
+    counts = Counter(reader.ref(name).dtype_name for name in reader.names())
     return dict(sorted(counts.items()))

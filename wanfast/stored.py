@@ -4,11 +4,14 @@ A stored weight stays small in host memory and on the device; `linear` expands i
 the attributes of a tensor that the rest of the code asks for: `shape`, `dtype` (what it expands to) and `device`.
 """
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:  # what a file holds is told without importing torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class GGUFWeight:
     @property
     def shape(self) -> torch.Size:
         """Of the expanded tensor."""
+        import torch
+
         return torch.Size((self.blocks.shape[0], self.in_features))
 
     @property
@@ -52,4 +57,4 @@ class GGUFWeight:
         return self.blocks.device
 
 
-Weight: TypeAlias = Tensor | ScaledWeight | GGUFWeight
+Weight: TypeAlias = "Tensor | ScaledWeight | GGUFWeight"

@@ -106,6 +106,7 @@ def test_a_quantised_weight_stays_as_small_as_in_the_file(dit, tmp_path):
     assert weight.blocks.nbytes == 256 * 144 == reader.ref(f"{name}.weight").num_bytes
     assert weight.blocks.data_ptr() == reader.load(f"{name}.weight").blocks.data_ptr()  # the file's own pages
     assert reader.ref(f"{name}.weight").stored_as == "Q4_K"
+    assert reader.ref(f"{name}.weight").first_bytes(200) == weight.blocks.flatten()[:200].numpy().tobytes()
     assert reader.dtype(f"{name}.bias") == torch.float16
     assert reader.ref(f"{name}.bias").num_bytes == 512
 
@@ -267,6 +268,6 @@ def test_a_scale_that_is_not_finite_is_refused_by_name(kind, dit, tmp_path):
         blocks = weight.blocks.clone()
         blocks[3, place : place + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # NaN in fp16
         damaged = replace(weight, blocks=blocks)
-        ref = TensorRef(tmp_path / "wan.gguf", "a.weight", tuple(weight.shape), weight.dtype, lambda w=damaged: w)
+        ref = TensorRef(tmp_path / "wan.gguf", "a.weight", tuple(weight.shape), "bfloat16", lambda w=damaged: w, bytes)
         with pytest.raises(CheckpointError, match=r"wan\.gguf.*a\.weight"):
             read_linear(Reader({"a.weight": ref}, ref.file), "a", *weight.shape, bias=False, dtype=torch.bfloat16)

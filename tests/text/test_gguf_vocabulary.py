@@ -62,6 +62,7 @@ def tokenizer_in(path: Path) -> Tokenizer:
     data = vocabulary.load()
     assert isinstance(data, torch.Tensor)
     assert (data.dtype, tuple(data.shape)) == (vocabulary.dtype, vocabulary.shape)
+    assert vocabulary.first_bytes(100) == data.numpy().tobytes()[:100]
     return tokenizer_of_sentencepiece(data.numpy().tobytes(), vocabulary.file)
 
 

@@ -1,4 +1,10 @@
-"""What every file of a checkpoint has in common: how a tensor in it is named, and how its faults are told."""
+"""What every file of a checkpoint has in common: how a tensor in it is named, and how its faults are told.
+
+Headers are read without torch, which takes longer to import than a header to read: a dtype is a name until somebody
+asks for it, and torch is imported where numbers are loaded.
+"""
+
+from __future__ import annotations
 
 import json
 import math
@@ -8,14 +14,31 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from wanfast.errors import CheckpointError
-from wanfast.stored import Weight
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from wanfast.stored import Weight
+
+# Bytes of one number, of every dtype that a file's header can name.
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 _GIT_LFS_POINTER = b"version https://git-lfs"
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
@@ -27,15 +50,34 @@ class TensorRef:
     file: Path
     stored_name: str  # its name in the file
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str  # of what `load` gives, as torch calls it: "bfloat16"
     load: Callable[[], Weight]
+    first_bytes: Callable[[int], bytes]  # gives so many of its first bytes, as stored; of a file without torch
     stored_as: str | None = None  # what the numbers are where they are not plain `dtype`: "Q4_K", "float8_e4m3fn", ...
     stored_bytes: int | None = None  # where shape and dtype do not tell them
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What `load` gives; torch is imported for it."""
+        return torch_dtype(self.dtype_name)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes the tensor occupies in its file."""
-        return math.prod(self.shape) * self.dtype.itemsize if self.stored_bytes is None else self.stored_bytes
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype_name] if self.stored_bytes is None else self.stored_bytes
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Give the dtype that torch calls so."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give torch's name of a dtype, without "torch." before it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,8 +152,23 @@ class MappedFile:
         Raises:
             CheckpointError: the file has gone or has shrunk.
         """
+        import torch
+
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
+        # The tensor keeps the pages.
+        return torch.frombuffer(self._mapped(), dtype=torch.uint8, offset=begin, count=end - begin)
+
+    def first(self, begin: int, end: int, num_bytes: int) -> bytes:
+        """Copy the first `num_bytes` of bytes [begin, end), or all of them if they are fewer.
+
+        Raises:
+            CheckpointError: as `view`.
+        """
+        return self._mapped()[begin : min(end, begin + num_bytes)] if begin < end else b""
+
+    def _mapped(self) -> mmap.mmap:
+        """The mapping that views share, or a new one where there is none."""
         pages = None if self._pages is None else self._pages()
         if pages is not None and self._path.exists() and self._path.stat().st_size < self._length:
             # A page that is mapped and no longer in the file ends the process when it is touched.
@@ -119,7 +176,7 @@ class MappedFile:
         if pages is None:
             pages = self._map()
             self._pages = weakref.ref(pages)
-        return torch.frombuffer(pages, dtype=torch.uint8, offset=begin, count=end - begin)  # which keeps the pages
+        return pages
 
     def _map(self) -> mmap.mmap:
         try:

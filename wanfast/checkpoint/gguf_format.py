@@ -6,6 +6,8 @@ spends seconds on the vocabulary of a text encoder, which is stepped over here u
 Source: ggml-org/ggml, docs/gguf.md; city96/ComfyUI-GGUF, loader.py (prefixes, `comfy.gguf.orig_shape`).
 """
 
+from __future__ import annotations
+
 import math
 import mmap
 import struct
@@ -13,16 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from wanfast.checkpoint.files import MappedFile, TensorRef, refuse_pointer, unreadable
+from wanfast.block_sizes import GGUF_BLOCKS
+from wanfast.checkpoint.files import ITEM_BYTES, MappedFile, TensorRef, refuse_pointer, torch_dtype, unreadable
 from wanfast.errors import CheckpointError
-from wanfast.kernels import dequantize_gguf
-from wanfast.kernels.gguf_blocks import FORMATS
-from wanfast.stored import GGUFWeight, Weight
+from wanfast.stored import GGUFWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wanfast.stored import Weight
 
 # Every type a tensor can have, by its number in the file; numbers left out have been withdrawn from the format.
 # fmt: off
@@ -34,16 +37,16 @@ _TYPES = {
 }
 # fmt: on
 _PLAIN = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F64": "float64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
 }
-_EXPANDS_TO = torch.bfloat16  # until whoever binds a weight says otherwise
+_EXPANDS_TO = "bfloat16"  # until whoever binds a weight says otherwise
 
 # None is stable-diffusion.cpp; "pig" and "cow" are converters that say so instead of naming the model.
 _ARCHITECTURES = (None, "wan", "t5", "t5encoder", "pig", "cow")
@@ -87,7 +90,7 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
         if entry.offset % alignment:
             raise CheckpointError(f"{path}: tensor {entry.name} starts off the file's alignment; {_DAMAGED}")
         spans.append((begin, begin + num_bytes, entry.name))
-        refs[entry.name] = _ref(path, entry.name, kind, shape, partial(_slice, mapping, begin, begin + num_bytes))
+        refs[entry.name] = _ref(path, entry.name, kind, shape, mapping, (begin, begin + num_bytes))
     _check_spans(path, spans, file_bytes)
     return refs
 
@@ -106,7 +109,7 @@ def gguf_values(path: Path, prefix: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key.startswith(prefix)}
 
 
-def _with_header(path: Path, read: Callable[["_Cursor"], _T]) -> tuple[_T, int]:
+def _with_header(path: Path, read: Callable[[_Cursor], _T]) -> tuple[_T, int]:
     """What `read` makes of a file's header, and the file's size."""
     refuse_pointer(path)
     try:
@@ -284,13 +287,13 @@ def _check_type(path: Path, entry: _Entry) -> tuple[str, int]:
     kind = _TYPES.get(entry.type, f"type {entry.type}")
     num_elements = math.prod(entry.sizes)
     if kind in _PLAIN:
-        return kind, num_elements * _PLAIN[kind].itemsize
-    if kind not in FORMATS:
-        readable = ", ".join(FORMATS)
+        return kind, num_elements * ITEM_BYTES[_PLAIN[kind]]
+    if kind not in GGUF_BLOCKS:
+        readable = ", ".join(GGUF_BLOCKS)
         raise CheckpointError(
             f"{path}: tensor {entry.name} is stored as {kind}; wanfast reads {readable}: get the file in one of them"
         )
-    elements, num_bytes = FORMATS[kind].elements, FORMATS[kind].num_bytes
+    elements, num_bytes = GGUF_BLOCKS[kind]
     if not entry.sizes or entry.sizes[0] % elements:
         raise CheckpointError(f"{path}: tensor {entry.name} has rows that are not whole blocks of {kind}; {_DAMAGED}")
     return kind, num_elements // elements * num_bytes
@@ -309,13 +312,16 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], file_bytes: int)
         position = end
 
 
-def _ref(path: Path, name: str, kind: str, shape: tuple[int, ...], data: Callable[[], Tensor]) -> TensorRef:
+def _ref(
+    path: Path, name: str, kind: str, shape: tuple[int, ...], mapping: MappedFile, place: tuple[int, int]
+) -> TensorRef:
+    data, first = partial(_slice, mapping, *place), partial(mapping.first, *place)
     if kind in _PLAIN:
-        return TensorRef(path, name, shape, _PLAIN[kind], partial(_plain, data, shape, _PLAIN[kind]))
-    num_bytes = math.prod(shape) // FORMATS[kind].elements * FORMATS[kind].num_bytes
-    is_matrix = len(shape) == 2 and shape[1] % FORMATS[kind].elements == 0
-    dtype, load = (_EXPANDS_TO, _matrix) if is_matrix else (torch.float32, _expanded)
-    return TensorRef(path, name, shape, dtype, partial(load, data, shape, kind), stored_as=kind, stored_bytes=num_bytes)
+        return TensorRef(path, name, shape, _PLAIN[kind], partial(_plain, data, shape, _PLAIN[kind]), first)
+    is_matrix = len(shape) == 2 and shape[1] % GGUF_BLOCKS[kind].elements == 0
+    dtype, expand = (_EXPANDS_TO, _matrix) if is_matrix else ("float32", _expanded)
+    load, num_bytes = partial(expand, data, shape, kind), place[1] - place[0]
+    return TensorRef(path, name, shape, dtype, load, first, stored_as=kind, stored_bytes=num_bytes)
 
 
 def _slice(mapping: MappedFile, begin: int, end: int) -> Tensor:
@@ -324,14 +330,16 @@ def _slice(mapping: MappedFile, begin: int, end: int) -> Tensor:
     return data.clone() if begin % 8 else data
 
 
-def _plain(data: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return data().view(dtype).view(shape)
+def _plain(data: Callable[[], Tensor], shape: tuple[int, ...], dtype: str) -> Tensor:
+    return data().view(torch_dtype(dtype)).view(shape)
 
 
 def _matrix(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
-    return GGUFWeight(data().view(shape[0], -1), kind, shape[1], _EXPANDS_TO)
+    return GGUFWeight(data().view(shape[0], -1), kind, shape[1], torch_dtype(_EXPANDS_TO))
 
 
 def _expanded(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
-    row = dequantize_gguf(data().view(1, -1), kind, in_features=math.prod(shape), dtype=torch.float32)
+    from wanfast.kernels import dequantize_gguf  # which takes torch and triton
+
+    row = dequantize_gguf(data().view(1, -1), kind, in_features=math.prod(shape), dtype=torch_dtype("float32"))
     return row.view(shape)

@@ -12,6 +12,8 @@ Sources: ggml-org/llama.cpp, convert_hf_to_gguf.py (T5Model.set_vocab); google/s
 src/sentencepiece_model.proto.
 """
 
+from __future__ import annotations
+
 import math
 import struct
 from collections import Counter
@@ -19,14 +21,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from wanfast.checkpoint.files import TensorRef
 from wanfast.checkpoint.gguf_format import gguf_values
 from wanfast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PREFIX = "tokenizer.ggml."
 _UNIGRAM = "t5"
@@ -72,15 +74,22 @@ def gguf_vocabulary(path: Path, num_tokens: int) -> TensorRef | None:
     vocabulary = _read(path, num_tokens)
     if vocabulary is None:
         return None
-    load = partial(_load, path, num_tokens)
-    return TensorRef(path, f"{_PREFIX}tokens", (vocabulary.num_bytes,), torch.uint8, load)
+    load, first = partial(_load, path, num_tokens), partial(_model, path, num_tokens)
+    return TensorRef(path, f"{_PREFIX}tokens", (vocabulary.num_bytes,), "uint8", load, first)
 
 
 def _load(path: Path, num_tokens: int) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(_model(path, num_tokens)), dtype=torch.uint8)
+
+
+def _model(path: Path, num_tokens: int, num_bytes: int | None = None) -> bytes:
+    """The serialised model, or its first bytes."""
     vocabulary = _read(path, num_tokens)
     assert vocabulary is not None
     pieces = map(_piece, vocabulary.texts, vocabulary.scores, vocabulary.types)
-    return torch.frombuffer(bytearray(b"".join((*pieces, vocabulary.settings))), dtype=torch.uint8)
+    return b"".join((*pieces, vocabulary.settings))[:num_bytes]
 
 
 def _read(path: Path, num_tokens: int) -> _Vocabulary | None:

@@ -107,7 +107,7 @@ def _describe_part(kind: PartKind, reader: Reader, *, expert: str | None = None)
     refs = [reader.ref(name) for name in sorted(reader.names())]
     by_dtype: Counter[str] = Counter()
     for ref in refs:
-        by_dtype[ref.stored_as or str(ref.dtype).removeprefix("torch.")] += ref.num_bytes
+        by_dtype[ref.stored_as or ref.dtype_name] += ref.num_bytes
     return {
         "kind": kind,
         **({"expert": expert, "task": _task(reader)} if kind == "dit" else {}),

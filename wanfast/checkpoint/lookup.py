@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wanfast.checkpoint import hub, nearby
+from wanfast.checkpoint import nearby
 from wanfast.checkpoint.defaults import SamplingDefaults
 from wanfast.checkpoint.files import TensorRef
 from wanfast.checkpoint.layout import Checkpoint, Given, dit_settings, open_checkpoint
@@ -85,8 +85,7 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
         raise RequestError("model: must be given, got none; name a folder, a file, or t2v-a14b, i2v-a14b or ti2v-5b")
     if model.is_dir() and nearby.comfy_root(model) in (model, model / "models"):
         return _from_comfy(model, given)
-    repository = None if model.exists() else hub.repository_of(str(sources.model))
-    return _from_folder(model, given) if repository is None else _from_hub(repository, given)
+    return _from_folder(model, given) if model.exists() else _from_hub(str(sources.model), given)
 
 
 def _is_dit_folder(path: Path) -> bool:
@@ -113,7 +112,12 @@ def _given(sources: Sources) -> Given:
     return Given(vae=vae, text=None if text is None else text.reader, tokenizer=tokenizer)
 
 
-def _from_hub(repository: str, given: Given) -> Checkpoint:
+def _from_hub(model: str, given: Given) -> Checkpoint:
+    from wanfast.checkpoint import hub  # whose library takes longer to import than what is here to open
+
+    repository = hub.repository_of(model)
+    if repository is None:
+        return _from_folder(Path(model).expanduser(), given)
     for name in (repository, *hub.twins(repository)):
         folder = hub.cached_folder(name)
         if folder is None:
@@ -279,10 +283,15 @@ def _num_bytes(reader: Reader) -> int:
     return sum(reader.ref(name).num_bytes for name in reader.names())
 
 
+def _cached_tokenizer() -> Path | None:
+    from wanfast.checkpoint import hub
+
+    return hub.cached_file("google/umt5-xxl", "tokenizer.json")
+
+
 def _tokenizer(dit: Path, text: Reader, notes: list[str]) -> Path:
     files = nearby.tokenizer_files([text.path, dit])
-    cached = None if files else hub.cached_file("google/umt5-xxl", "tokenizer.json")
-    file = files[0] if files else cached
+    file = files[0] if files else _cached_tokenizer()
     if file is None:
         raise CheckpointError(
             f"{text.path}: no tokenizer in it or near it; name the tokenizer.json of google/umt5-xxl with --tokenizer"

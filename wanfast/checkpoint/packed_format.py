@@ -12,6 +12,8 @@ is a tensor of its own, as the format leaves no gaps. A weight that is stored sm
 Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -19,25 +21,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
-import torch
-from torch import Tensor
-
-from wanfast.checkpoint.files import TensorRef
+from wanfast.block_sizes import GGUF_BLOCKS
+from wanfast.checkpoint.files import TensorRef, dtype_name, torch_dtype
 from wanfast.checkpoint.safetensors_format import DTYPES
 from wanfast.errors import CheckpointError
-from wanfast.kernels.gguf_blocks import FORMATS
-from wanfast.stored import GGUFWeight, ScaledWeight, Weight
+from wanfast.stored import GGUFWeight, ScaledWeight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from wanfast.stored import Weight
 
 VERSION_KEY, VERSION = "wanfast_packed", "1"  # in the header's free-form entries
 PAGE_BYTES = 4096
 
 _PADDING = "padding."
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_EXPANDS_TO = torch.bfloat16  # until whoever binds a weight says otherwise
+_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_EXPANDS_TO = "bfloat16"  # until whoever binds a weight says otherwise
 
-Form: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+Form: TypeAlias = "tuple[torch.dtype, tuple[int, ...]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +73,18 @@ def packed_refs(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
         layer, _, kind = name.rpartition(".")
         if name.startswith(_PADDING):
             continue
-        if kind not in FORMATS:
+        if kind not in GGUF_BLOCKS:
             found[name] = ref
             continue
-        block = FORMATS[kind]
-        if ref.dtype != torch.uint8 or len(ref.shape) != 2 or ref.shape[1] % block.num_bytes:
+        block = GGUF_BLOCKS[kind]
+        if ref.dtype_name != "uint8" or len(ref.shape) != 2 or ref.shape[1] % block.num_bytes:
             raise CheckpointError(f"{ref.file}: tensor {name} does not hold rows of {kind} blocks; convert it again")
         in_features = ref.shape[1] // block.num_bytes * block.elements
         load = partial(_load_blocks, ref, kind, in_features)
         found[layer] = replace(
             ref,
             shape=(ref.shape[0], in_features),
-            dtype=_EXPANDS_TO,
+            dtype_name=_EXPANDS_TO,
             load=load,
             stored_as=kind,
             stored_bytes=ref.num_bytes,
@@ -88,10 +93,12 @@ def packed_refs(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
 
 
 def _load_blocks(ref: TensorRef, kind: str, in_features: int) -> Weight:
+    import torch
+
     blocks = ref.load()
-    assert isinstance(blocks, Tensor)
+    assert isinstance(blocks, torch.Tensor)
     aligned = blocks.clone() if blocks.data_ptr() % 8 else blocks  # only sizes that no published model has
-    return GGUFWeight(aligned, kind, in_features, _EXPANDS_TO)
+    return GGUFWeight(aligned, kind, in_features, torch_dtype(_EXPANDS_TO))
 
 
 def packed_bytes(groups: Sequence[Group]) -> int:
@@ -147,6 +154,8 @@ def _groups_on_disk(file: BinaryIO, header: bytes, ends: Sequence[int]) -> int:
 
 
 def _write_group(file: BinaryIO, group: Group) -> None:
+    import torch
+
     tensors = group.load()
     for name in _order(group.forms):
         tensor, (dtype, shape) = tensors[name], group.forms[name]
@@ -161,19 +170,19 @@ def packed_header(groups: Sequence[Group], metadata: Mapping[str, str]) -> tuple
     ends: list[int] = []
     place = 0
 
-    def add(name: str, dtype: torch.dtype, shape: Iterable[int], num_bytes: int) -> None:
+    def add(name: str, dtype: str, shape: Iterable[int], num_bytes: int) -> None:
         nonlocal place
         offsets = [place, place + num_bytes]
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        entries[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
         place += num_bytes
 
     for index, group in enumerate(groups):
         for name in _order(group.forms):
             dtype, shape = group.forms[name]
-            add(name, dtype, shape, math.prod(shape) * dtype.itemsize)
+            add(name, dtype_name(dtype), shape, math.prod(shape) * dtype.itemsize)
         padding = _padded(group) - _num_bytes(group)
         if padding:
-            add(f"{_PADDING}{index}", torch.uint8, [padding], padding)
+            add(f"{_PADDING}{index}", "uint8", [padding], padding)
         ends.append(place)
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % PAGE_BYTES)

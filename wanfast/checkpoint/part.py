@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from wanfast.checkpoint.files import TensorRef
 from wanfast.checkpoint.gguf_vocabulary import gguf_vocabulary
 from wanfast.checkpoint.names import (
@@ -132,7 +130,7 @@ def _vocabulary(reader: Reader) -> TensorRef | None:
     if _SENTENCEPIECE not in reader.names():
         return None
     ref = reader.ref(_SENTENCEPIECE)
-    if ref.dtype != torch.uint8 or len(ref.shape) != 1:
+    if ref.dtype_name != "uint8" or len(ref.shape) != 1:
         raise CheckpointError(f"{reader.where(_SENTENCEPIECE)} is not the bytes of a SentencePiece model")
     return ref
 

@@ -7,23 +7,28 @@ Sources: Hugging Face's sharded checkpoints, `<name>.safetensors.index.json` wit
 ModelTC/LightX2V, tools/convert/converter.py, --save_by_block, `block_<n>.safetensors` and `non_block.safetensors`.
 """
 
+from __future__ import annotations
+
 import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from wanfast.checkpoint.files import TensorRef, read_json, refuse_pointer
+from wanfast.checkpoint.files import TensorRef, dtype_name, read_json, refuse_pointer
 from wanfast.checkpoint.gguf_format import gguf_refs
 from wanfast.checkpoint.names import gguf_to_official
 from wanfast.checkpoint.packed_format import VERSION_KEY, packed_refs
 from wanfast.checkpoint.safetensors_format import safetensors_metadata, safetensors_refs
 from wanfast.errors import CheckpointError
-from wanfast.stored import Weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from wanfast.stored import Weight
 
 _BLOCK_FILE = re.compile(r"block_(\d+)\.safetensors")
 _OUTSIDE_BLOCKS = "non_block.safetensors"
@@ -58,7 +63,7 @@ class Reader:
         return self.ref(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's stored dtype, from the header alone."""
+        """The tensor's dtype, from the header alone; torch is imported for it."""
         return self.ref(name).dtype
 
     def file_of(self, name: str) -> Path:
@@ -79,7 +84,7 @@ class Reader:
         stored = "" if ref.stored_name == name else f" (stored as {ref.stored_name})"
         return f"{ref.file}: tensor {name}{stored}"
 
-    def renamed(self, names: Mapping[str, str]) -> "Reader":
+    def renamed(self, names: Mapping[str, str]) -> Reader:
         """Return a reader of the same tensors under other names.
 
         Args:
@@ -240,6 +245,8 @@ def open_pickle(path: str | Path) -> Reader:
     Raises:
         CheckpointError: the file cannot be read, is damaged, or holds anything but a dict of tensors.
     """
+    import torch  # whose unpickler is needed even for the header
+
     path = Path(path)
     refuse_pointer(path)
     _refuse_bomb(path)
@@ -257,7 +264,7 @@ def open_pickle(path: str | Path) -> Reader:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of tensors; use the original file")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(tensor).__name__}, not a tensor with a name; "
                 "use a file that holds the bare state dict"
@@ -279,11 +286,19 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _tensors_reader(tensors: Mapping[str, Tensor], path: Path) -> Reader:
-    def take(tensor: Tensor) -> Tensor:
-        return tensor.detach()
-
-    refs = {
-        name: TensorRef(path, name, tuple(tensor.shape), tensor.dtype, partial(take, tensor))
-        for name, tensor in tensors.items()
-    }
+    refs = {}
+    for name, tensor in tensors.items():
+        load, first = partial(_taken, tensor), partial(_first_bytes, tensor)
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        refs[name] = TensorRef(path, name, shape, dtype, load, first, stored_bytes=tensor.nbytes)
     return Reader(refs, path)
+
+
+def _taken(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def _first_bytes(tensor: Tensor, num_bytes: int) -> bytes:
+    import torch
+
+    return tensor.detach().flatten().view(torch.uint8)[:num_bytes].numpy().tobytes()

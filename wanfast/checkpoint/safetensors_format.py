@@ -3,30 +3,40 @@
 Source: https://github.com/huggingface/safetensors, README, "Format".
 """
 
+from __future__ import annotations
+
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from wanfast.checkpoint.files import MappedFile, TensorRef, parse_object, refuse_pointer, unreadable
+from wanfast.checkpoint.files import (
+    ITEM_BYTES,
+    MappedFile,
+    TensorRef,
+    parse_object,
+    refuse_pointer,
+    torch_dtype,
+    unreadable,
+)
 from wanfast.errors import CheckpointError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {  # torch's names by the format's
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 # The format's own limit; a longer header is damage, and must not be read into memory.
@@ -49,8 +59,9 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
     for name, entry in header.items():
         shape, dtype, begin, end = _check_entry(path, name, entry)
         spans.append((begin, end, name))
-        load = partial(_view, mapping, data_start + begin, data_start + end, shape, dtype)
-        refs[name] = TensorRef(path, name, shape, dtype, load)
+        place = data_start + begin, data_start + end
+        load = partial(_view, mapping, *place, shape, dtype)
+        refs[name] = TensorRef(path, name, shape, dtype, load, partial(mapping.first, *place))
     _check_spans(path, spans, data_bytes)
     return refs
 
@@ -90,7 +101,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{path}: not a safetensors file (header: {error}); download it again") from None
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, int, int]:
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], str, int, int]:
     """Shape, dtype, first and last-plus-one byte of one header entry, each checked."""
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: tensor {name} has no dtype, shape and data_offsets; {_DAMAGED}")
@@ -103,7 +114,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], to
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: tensor {name} has no valid data_offsets; {_DAMAGED}")
     begin, end = offsets
-    want = math.prod(shape) * dtype.itemsize
+    want = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != want:
         raise CheckpointError(
             f"{path}: tensor {name} occupies {end - begin} bytes, but {entry['dtype']} {shape} is {want}; {_DAMAGED}"
@@ -132,8 +143,8 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
         raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor; {_DAMAGED}")
 
 
-def _view(mapping: MappedFile, begin: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _view(mapping: MappedFile, begin: int, end: int, shape: tuple[int, ...], dtype: str) -> Tensor:
     data = mapping.view(begin, end)
-    if begin % dtype.itemsize:  # the format does not promise alignment, torch needs it
+    if begin % ITEM_BYTES[dtype]:  # the format does not promise alignment, torch needs it
         data = data.clone()
-    return data.view(dtype).view(shape)
+    return data.view(torch_dtype(dtype)).view(shape)

@@ -12,26 +12,29 @@ Sources: comfyanonymous/ComfyUI, comfy/ops.py and model_detection.py; ModelTC/Li
 thu-ml/TurboDiffusion, turbodiffusion/ops/core.py and rcm/networks/wan2pt2.py.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from wanfast.checkpoint.files import TensorRef, parse_object
+from wanfast.block_sizes import block_counts
+from wanfast.checkpoint.files import TensorRef, parse_object, torch_dtype
 from wanfast.checkpoint.reader import Reader
 from wanfast.checkpoint.safetensors_format import safetensors_metadata
 from wanfast.errors import CheckpointError
-from wanfast.kernels.dequantize_scaled import block_counts
-from wanfast.stored import ScaledWeight, Weight
+from wanfast.stored import ScaledWeight
+
+if TYPE_CHECKING:
+    from wanfast.stored import Weight
 
 _LOG = logging.getLogger(__name__)
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = ("scale_weight", "weight_scale")
 _DROPPED = ("scale_input", "input_scale")
@@ -42,7 +45,7 @@ _QUANT_KEYS_READ = {"format", "full_precision_matrix_mult"}  # any other may cha
 _BLOCK_WEIGHT = "int8_weight"
 _LINEAR_ATTENTION = ".attn_op.local_attn.proj_l."  # TurboDiffusion's sparse-linear attention
 _NOT_MULTIPLIED = ("patch_embedding", "token_embedding", "shared", "embed_tokens", "pos_embedding", "attention_bias")
-_EXPANDS_TO = torch.bfloat16  # where nobody asks for another dtype
+_EXPANDS_TO = "bfloat16"  # where nobody asks for another dtype
 _PATCH_SIZE = (1, 2, 2)
 
 
@@ -62,7 +65,7 @@ def open_scaled(reader: Reader) -> Reader:
     names = reader.names()
     if any(_LINEAR_ATTENTION in name for name in names):
         _LOG.warning("%s was trained with sparse-linear attention; it runs with full attention here", reader.path)
-    if not any(reader.dtype(name) in (torch.int8, *_FP8) or _LINEAR_ATTENTION in name for name in names):
+    if not any(reader.ref(name).dtype_name in _EIGHT_BITS or _LINEAR_ATTENTION in name for name in names):
         return reader
     refs = {name: reader.ref(name) for name in names if not _is_dropped(reader, name)}
     is_scaled = _MARKER in names or any(name.rpartition(".")[2] in _WEIGHT_SCALES for name in names)
@@ -71,7 +74,7 @@ def open_scaled(reader: Reader) -> Reader:
         if kind == _BLOCK_WEIGHT:
             scale = _take(refs, reader, f"{layer}.scale", refs[name])
             refs[f"{layer}.weight"] = _scaled_ref(refs.pop(name), scale)
-        elif kind == "weight" and refs[name].dtype in (torch.int8, *_FP8):
+        elif kind == "weight" and refs[name].dtype_name in _EIGHT_BITS:
             refs[name] = _weight_ref(refs, reader, name, is_scaled=is_scaled)
     return Reader(_official_patches(refs), reader.path)
 
@@ -104,10 +107,10 @@ def check_header(path: Path) -> None:
 
 
 def _check_quant_note(reader: Reader, name: str) -> None:
-    stored, note = reader.load(name), None
-    if isinstance(stored, Tensor) and stored.dtype == torch.uint8 and stored.numel() < 4096:
+    stored, note = reader.ref(name), None
+    if stored.dtype_name == "uint8" and stored.num_bytes < 4096:
         with suppress(ValueError, RecursionError):
-            note = parse_object(bytes(stored.flatten().tolist()))
+            note = parse_object(stored.first_bytes(stored.num_bytes))
     _check_note(note, reader.where(name))
 
 
@@ -125,7 +128,7 @@ def _weight_ref(refs: dict[str, TensorRef], reader: Reader, name: str, *, is_sca
     found = [f"{layer}.{kind}" for kind in _WEIGHT_SCALES if f"{layer}.{kind}" in refs]
     if len(found) > 1:
         raise CheckpointError(f"{reader.where(name)} has two scales, {' and '.join(found)}; use the original file")
-    if not found and (is_scaled or ref.dtype == torch.int8):
+    if not found and (is_scaled or ref.dtype_name == "int8"):
         raise CheckpointError(f"{reader.where(name)} has no scale beside it ({layer}.scale_weight or .weight_scale)")
     if found:
         return _scaled_ref(ref, _take(refs, reader, found[0], ref))
@@ -140,7 +143,7 @@ def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorR
             f"{weight.file}: tensor {weight.stored_name} has no scale {name}; download the file again"
         )
     scale, rows = refs.pop(name), weight.shape[0] if len(weight.shape) == 2 else 0
-    if not rows or not scale.dtype.is_floating_point:
+    if not rows or not scale.dtype_name.startswith(("float", "bfloat")):
         raise CheckpointError(f"{reader.where(name)} is no scale of a matrix; use the original file")
     forms: dict[tuple[int, ...], tuple[int, ...]] = {(): (), (1,): (), (1, 1): (), (rows,): (rows, 1)}
     forms |= {(rows, 1): (rows, 1), block_counts(weight.shape): block_counts(weight.shape)}
@@ -153,21 +156,23 @@ def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorR
 
 
 def _scaled_ref(weight: TensorRef, scale: TensorRef | None) -> TensorRef:
-    scale_bytes = 0 if scale is None else math.prod(scale.shape) * scale.dtype.itemsize
+    scale_bytes = 0 if scale is None else scale.num_bytes
     return replace(
         weight,
-        dtype=_EXPANDS_TO,
+        dtype_name=_EXPANDS_TO,
         load=partial(_load_scaled, weight, scale),
-        stored_as=str(weight.dtype).removeprefix("torch."),
+        stored_as=weight.dtype_name,
         stored_bytes=weight.num_bytes + scale_bytes,
     )
 
 
 def _load_scaled(weight: TensorRef, scale: TensorRef | None) -> Weight:
+    import torch
+
     values, scales = weight.load(), torch.ones(()) if scale is None else scale.load()
-    assert isinstance(values, Tensor) and isinstance(scales, Tensor)
-    form = () if scale is None else scale.shape
-    return ScaledWeight(values.contiguous(), scales.to(torch.float32).reshape(form).contiguous(), _EXPANDS_TO)
+    assert isinstance(values, torch.Tensor) and isinstance(scales, torch.Tensor)
+    scales = scales.to(torch.float32).reshape(() if scale is None else scale.shape)
+    return ScaledWeight(values.contiguous(), scales.contiguous(), torch_dtype(_EXPANDS_TO))
 
 
 def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
@@ -179,8 +184,10 @@ def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
     shape = (ref.shape[0], ref.shape[1] // patch, *_PATCH_SIZE)
 
     def load() -> Weight:
+        import torch
+
         weight = ref.load()
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, torch.Tensor)
         return weight.reshape(shape)
 
     return refs | {"patch_embedding.weight": replace(ref, shape=shape, load=load)}

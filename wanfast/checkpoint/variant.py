@@ -6,12 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from wanfast.checkpoint.files import TensorRef
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import VAE_2_2, Task
 from wanfast.errors import CheckpointError
-from wanfast.stored import GGUFWeight, ScaledWeight, Weight
 
 _PATCH = "patch_embedding.weight"  # [dim, in_channels, frames, rows, columns]
 _HEAD = "head.head.weight"  # [patch * out_channels, dim]
@@ -116,24 +114,21 @@ def check_experts_differ(readers: Sequence[Reader]) -> None:
     """
     for first, other in pairwise(readers):
         names = first.names()
-        telling = [_sample(first.load(name)) for name in _TELLING if name in names]
+        telling = [_sample(first.ref(name)) for name in _TELLING if name in names]
         # Zeros are what stands in a file that was never written; they tell nothing.
         if not any(map(any, telling)):
             continue
         in_order = [*(name for name in _TELLING if name in names), *sorted(names.difference(_TELLING))]
-        if all(_sample(first.load(name)) == _sample(other.load(name)) for name in in_order):
+        if all(_sample(first.ref(name)) == _sample(other.ref(name)) for name in in_order):
             raise CheckpointError(
                 f"{first.path}: holds the same numbers as {other.path}, one expert twice; download the other one"
             )
 
 
-def _sample(weight: Weight) -> bytes:
+def _sample(ref: TensorRef) -> bytes:
     """Bytes of a stored tensor that another expert's would hardly share."""
-    if isinstance(weight, ScaledWeight):
-        return _sample(weight.values)
-    numbers = weight.blocks if isinstance(weight, GGUFWeight) else weight
-    row = numbers if numbers.dim() < 2 or numbers.nbytes <= _SMALL_BYTES else numbers[0]
-    return row.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    is_whole = len(ref.shape) < 2 or ref.num_bytes <= _SMALL_BYTES
+    return ref.first_bytes(ref.num_bytes if is_whole else ref.num_bytes // ref.shape[0])
 
 
 def check_parts_fit(dit: Reader, vae: Reader, text: Reader) -> None:

@@ -14,8 +14,21 @@ from torch import Tensor
 from wanfast.checkpoint.bind import read_linear, read_tensor
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import DiTConfig
+from wanfast.dit.tensors import expected_tensors, is_fp32
 from wanfast.errors import CheckpointError
 from wanfast.linear import Linear
+
+__all__ = [
+    "HEAD_DIM",
+    "AttentionWeights",
+    "BlockWeights",
+    "OuterWeights",
+    "dit_config",
+    "expected_tensors",
+    "is_fp32",
+    "load_block",
+    "load_outer",
+]
 
 _CPU_VECTOR_BYTES = 64
 HEAD_DIM = 128  # of every Wan model; a checkpoint's tensors do not tell it
@@ -113,51 +126,6 @@ def _shape(reader: Reader, name: str, *, axes: int) -> tuple[int, ...]:
 def _num_layers(reader: Reader) -> int:
     parts = (name.split(".") for name in reader.names())
     return 1 + max(int(part[1]) for part in parts if part[0] == "blocks" and len(part) > 2 and part[1].isdecimal())
-
-
-def expected_tensors(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """List every tensor a DiT checkpoint of these sizes holds.
-
-    Args:
-        config: sizes of the DiT.
-
-    Returns:
-        Official name -> shape: 27 tensors per block and 15 around them.
-    """
-    dim, patch = config.dim, math.prod(config.patch_size)
-    tensors: dict[str, tuple[int, ...]] = {
-        "patch_embedding.weight": (dim, config.in_channels, *config.patch_size),
-        "patch_embedding.bias": (dim,),
-        **_linear_tensors("text_embedding.0", dim, config.text_dim),
-        **_linear_tensors("text_embedding.2", dim, dim),
-        **_linear_tensors("time_embedding.0", dim, config.freq_dim),
-        **_linear_tensors("time_embedding.2", dim, dim),
-        **_linear_tensors("time_projection.1", 6 * dim, dim),
-        "head.modulation": (1, 2, dim),
-        **_linear_tensors("head.head", patch * config.out_channels, dim),
-    }
-    for index in range(config.num_layers):
-        tensors |= {f"blocks.{index}.{name}": shape for name, shape in _block_tensors(config).items()}
-    return tensors
-
-
-def _block_tensors(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    dim = config.dim
-    tensors: dict[str, tuple[int, ...]] = {"modulation": (1, 6, dim), "norm3.weight": (dim,), "norm3.bias": (dim,)}
-    for attention in ("self_attn", "cross_attn"):
-        for projection in ("q", "k", "v", "o"):
-            tensors |= _linear_tensors(f"{attention}.{projection}", dim, dim)
-        tensors |= {f"{attention}.norm_q.weight": (dim,), f"{attention}.norm_k.weight": (dim,)}
-    return tensors | _linear_tensors("ffn.0", config.ffn_dim, dim) | _linear_tensors("ffn.2", dim, config.ffn_dim)
-
-
-def _linear_tensors(prefix: str, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}.weight": (out_features, in_features), f"{prefix}.bias": (out_features,)}
-
-
-def is_fp32(name: str) -> bool:
-    """Whether a tensor, by its official name, is fp32 in every precision: norms, modulation, timestep and head."""
-    return "norm" in name or name.endswith("modulation") or name.startswith(("time_", "head."))
 
 
 def load_block(reader: Reader, config: DiTConfig, index: int, dtype: torch.dtype) -> BlockWeights:
