@@ -31,7 +31,7 @@ def format_plan(plan: Plan, budget: Budget | None = None, prediction: Prediction
             f"{plan.solver}, shift {plan.shift:g}, {len(plan.steps)} steps, {plan.num_forwards} DiT evaluations",
         ),
         *(("", line) for line in _step_lines(plan.steps)),
-        ("weights", "computed from the sizes"),
+        ("weights", "as large as in the precision they compute in; computed"),
         *(("", line) for line in _part_lines(plan.parts)),
         ("work", _work(plan)),
     ]
