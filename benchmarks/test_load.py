@@ -2,7 +2,8 @@
 
 `open` reads headers and holds every name and shape to the model; `load` also brings every block into the form it is
 computed with, bf16 or as small as it is stored. The peer reads the same file with the format's own library:
-`safetensors.torch.load_file`, which maps it, or `gguf.GGUFReader`. Files are in the page cache in either case.
+`safetensors.torch.load_file`, which maps it (`safe_open` where nothing is loaded), or `gguf.GGUFReader`. Files are in
+the page cache in either case.
 Run as a script with an engine, a number of blocks to load and a file, it does so once and prints its peak memory.
 """
 
@@ -47,6 +48,10 @@ def _library(path: Path, num_blocks: int | None) -> Callable[[], Any]:
         import gguf
 
         return lambda: gguf.GGUFReader(path)
+    if num_blocks == 0:
+        from safetensors import safe_open
+
+        return lambda: safe_open(path, "numpy").keys()
     from safetensors.torch import load_file
 
     return lambda: load_file(path)

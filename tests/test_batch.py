@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,67 @@ def test_other_clips_of_the_same_names_are_kept(
     assert "output: must not hold other clips of these names" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in clips.iterdir()} == before
     assert main(line(models("t2v"), "--seed", "4", "--overwrite", *change)) == 0
+
+
+def test_two_lines_cannot_have_one_name(
+    models: Callable[[str], Path], clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jsonl({"prompt": "dog", "output": "0002-cat.mp4"}, "cat")
+    assert main(line(models("t2v"), prompts="prompts.jsonl")) == 2
+    assert (
+        "prompts: must give each clip a name of its own, got 0002-cat.mp4 for lines 1 and 2" in capsys.readouterr().err
+    )
+    assert list(clips.iterdir()) == []
+
+
+def test_frames_that_are_not_numbers_are_one_clips_fault(
+    models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = batch.decode_frames
+
+    def broken(model: LoadedModel, plan: Any, latents: torch.Tensor, *more: Any) -> Any:
+        return own(model, plan, latents * torch.nan if plan.prompt == PROMPTS[1] else latents, *more)
+
+    monkeypatch.setattr(batch, "decode_frames", broken)
+    assert main(line(models("t2v"))) == 1
+    assert "1 of 3 clips failed: line 4: frames: must be finite" in capsys.readouterr().err
+    assert len(list(clips.glob("*.mp4"))) == 2
+
+
+def test_two_batches_do_not_write_into_one_folder(
+    models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys, time; from wanfast.locks import lock_file; f = open(sys.argv[1], 'a+b');"
+    code += "print(lock_file(f), flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(clips / ".wanfast-batch.lock")], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"True\n"
+        assert main(line(models("t2v"))) == 2
+        assert "output: must be another folder while a batch is writing there" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert main(line(models("t2v"))) == 0
+    assert {path.suffix for path in clips.iterdir()} == {".mp4"}
+
+
+def test_a_stopped_batch_leaves_nothing_beside_finished_clips(
+    models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_state, "KEEP_AFTER_SECONDS", 0.0)
+    own, written = batch_command.write_video, []
+
+    def stopping(path: Path, *arguments: Any, **more: Any) -> Any:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return own(path, *arguments, **more)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(batch_command, "write_video", stopping)
+        assert main(line(models("t2v"))) == 130
+    assert [path.name for path in sorted(clips.glob("*.resume"))] == [f"{written[2].name}.resume"]
+    assert main(line(models("t2v"))) == 0
 
 
 BAD_LINES = {

@@ -179,6 +179,52 @@ def test_a_failure_of_the_file_does_not_stop_the_run(
     assert names() == {"a.mp4"}
 
 
+def test_a_run_is_found_through_a_link(stopped: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert main(["resume", str(tmp_path / "sub" / ".." / "link" / "a.mp4.resume"), "--quiet"]) == 0
+    assert Path("a.mp4").exists() and not stopped.exists()
+
+
+def test_a_model_that_has_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_family("t2v", tmp_path / "source").write_official(tmp_path / "source" / "model")
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        main(line(model))
+    file = next((model / "low_noise_model").glob("*.safetensors"))
+    state = load_file(file)
+    save_file({name: tensor * 1.3 for name, tensor in state.items()}, file)
+    capsys.readouterr()
+    assert main(["resume", "a.mp4.resume", "--quiet"]) == 2
+    assert f"model: must be as it was when the run was begun, got {file}" in capsys.readouterr().err
+    assert Path("a.mp4.resume").exists()
+
+
+def test_a_file_that_appears_meanwhile_is_kept(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = RunKeeper.update
+
+    def update(self: RunKeeper, state: RunState) -> None:
+        own(self, state)
+        Path("a.mp4").write_text("precious")
+
+    monkeypatch.setattr(RunKeeper, "update", update)
+    assert main(line(models("t2v"))) == 0
+    assert capsys.readouterr().out == f"{Path('a-2.mp4').absolute()}\n"
+    assert Path("a.mp4").read_text() == "precious" and len(read_video("a-2.mp4")) == 5
+
+
+def test_a_name_that_is_too_long_is_refused_in_a_line(
+    models: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for length in (244, 251, 300):
+        assert main(line(models("t2v"), output="x" * length + ".mp4")) in (0, 1, 2)
+        assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def stopped(models: Callable[[str], Path]) -> Path:
     with pytest.MonkeyPatch.context() as patched:
@@ -200,6 +246,8 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "next_step is text": lambda tensors, content: content.update(next_step="3"),
     "later than the last": lambda tensors, content: content.update(next_step=STEPS + 1),
     "sigmas": lambda tensors, content: content.update(sigmas=["x", 1.0]),
+    "files": lambda tensors, content: content.update(files=[["a", "b"]]),
+    "too many sigmas": lambda tensors, content: content.update(sigmas=[0.9, 0.8, 0.7]),
     "one sigma less": lambda tensors, content: content["sigmas"].pop(),
     "no settings": lambda tensors, content: content.pop("settings"),
     "no latents": lambda tensors, content: tensors.pop("latents"),

@@ -86,7 +86,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 
 def _left_behind(command: str) -> str:
-    return "the same command goes on where it was" if command == "convert" else "no video was written"
+    return "the same command goes on where it was" if command == "convert" else "no clip is half-written"
 
 
 @contextmanager

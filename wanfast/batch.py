@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wanfast.errors import NumericsError
+from wanfast.errors import MemoryBudgetError, NumericsError
 from wanfast.forecast import bound_blocks
 from wanfast.generation import (
     Conditions,
@@ -135,7 +135,7 @@ def _denoise_by_phase(model: LoadedModel, clips: Sequence[_Waiting], tell: Calla
         for clip in clips:
             ahead = clip.job.plan.steps[clip.state.next_step :]
             order.append((clip, tuple(step for step in ahead if step.expert == expert.name)))
-    bound_blocks(model, [clip.job.plan for clip in clips])
+    bound_blocks(model, [clip.job.plan for clip in clips], clips[0].conditions.loras)
     with own_arithmetic(model), model.passes([step.expert for _, steps in order for step in steps]):
         for clip, steps in order:
             if steps and clip.error is None:
@@ -151,7 +151,7 @@ def _take(model: LoadedModel, clip: _Waiting, steps: Sequence[Step], progress: O
         state = denoise(
             model, job.plan, clip.state, steps, conditions, on_step=None, on_state=job.on_state, progress=progress
         )
-    except NumericsError as error:
+    except (NumericsError, MemoryBudgetError) as error:
         clip.error = error
     else:
         clip.state = map_state(state, _HOST)

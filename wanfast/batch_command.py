@@ -12,17 +12,21 @@ from typing import Any
 
 from wanfast.batch import Job, Made, generate_batch
 from wanfast.command_parts import note, request_for, sources_of
-from wanfast.errors import CheckpointError, MediaError, NumericsError, RequestError
+from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 from wanfast.generation import Inputs
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
+from wanfast.locks import lock_file
 from wanfast.lora import Lora, describe_lora, open_loras, parse_lora
 from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan, request_of
 from wanfast.progress import Progress
 from wanfast.prompt_file import PromptLine, read_prompts
-from wanfast.run_state import RunKeeper, RunState, read_run, resume_file
+from wanfast.run_state import RunKeeper, RunState, mark_files, read_run, resume_file
 from wanfast.video import check_writable, read_settings, write_video
+
+_RANDOM_SEED = -1  # as in the reference's generate.py
+_OF_ONE_CLIP = (MediaError, RequestError, NumericsError, MemoryBudgetError)  # the others go on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,25 @@ def make_batch(arguments: argparse.Namespace) -> None:
         device=arguments.device,
     )
     loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
+    with _held(folder):
+        _make_clips(arguments, model, lines, folder, loras)
+
+
+def _make_clips(
+    arguments: argparse.Namespace,
+    model: LoadedModel,
+    lines: Sequence[PromptLine],
+    folder: Path,
+    loras: tuple[Lora, ...],
+) -> None:
+    names = [line.output or _name(line) for line in lines]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        numbers = [line.number for line, name in zip(lines, names, strict=True) if name == twice]
+        raise RequestError(
+            f"prompts: must give each clip a name of its own, got {twice} for lines {numbers[0]} and {numbers[1]} of"
+            f" {arguments.prompts}"
+        )
     clips = [_prepare(arguments, model, line, folder, loras) for line in lines]
     note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, clips[0].plan, loras)
@@ -72,6 +95,23 @@ def make_batch(arguments: argparse.Namespace) -> None:
     if failed:
         listed = "; ".join(f"line {result['line']}: {result['error']}" for result in failed)
         raise NumericsError(f"{len(failed)} of {len(clips)} clips failed: {listed}")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep another batch out of the folder: it would make the same clips."""
+    path = folder / ".wanfast-batch.lock"
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise MediaError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+    with file:
+        if not lock_file(file):
+            raise RequestError(f"output: must be another folder while a batch is writing there, got {folder}")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _prepare(
@@ -93,7 +133,7 @@ def _prepare(
         earlier = read_settings(output) if run is None else run.settings
     except (RequestError, MediaError, CheckpointError) as error:
         raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
-    if not _is_same(earlier, settings, is_seed_given=asked.seed is not None):
+    if not _is_same(earlier, settings, is_seed_given=asked.seed not in (None, _RANDOM_SEED)):
         raise RequestError(
             f"output: must not hold other clips of these names, got {output}; choose another folder or add --overwrite"
         )
@@ -123,13 +163,14 @@ def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given
 
 
 def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Clip]) -> list[dict[str, Any]]:
-    keepers = [RunKeeper(clip.output, clip.settings) for clip in clips]
+    files = mark_files(model.model.experts.values())
+    keepers = [RunKeeper(clip.output, clip.settings, files) for clip in clips]
     jobs = [
         Job(plan=clip.plan, inputs=clip.inputs, on_state=keeper.update)
         for clip, keeper in zip(clips, keepers, strict=True)
     ]
     results = []
-    with _stopped(keepers), Progress(is_shown=not arguments.quiet) as progress:
+    with _stopped(keepers, arguments), Progress(is_shown=not arguments.quiet) as progress:
 
         def tell(index: int) -> Any:
             name = clips[index].output.name
@@ -151,19 +192,20 @@ def _write(clip: _Clip, made: Made) -> Exception | None:
         return made.error
     try:
         write_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings)
-    except MediaError as error:
+    except _OF_ONE_CLIP as error:
         return error
     return None
 
 
 @contextmanager
-def _stopped(keepers: Sequence[RunKeeper]) -> Iterator[None]:
+def _stopped(keepers: Sequence[RunKeeper], arguments: argparse.Namespace) -> Iterator[None]:
     """When the batch is stopped, keep what was begun, and say how to go on."""
     try:
         yield
     except BaseException:
         kept: list[RunState] = [state for keeper in keepers if (state := keeper.stop()) is not None]
-        print(f"wanfast: the same command goes on, with {len(kept)} clips begun", file=sys.stderr)
+        how = "begins anew with --overwrite, and goes on without it" if arguments.overwrite else "goes on"
+        print(f"wanfast: the same command {how}; {len(kept)} clips are begun", file=sys.stderr)
         raise
 
 

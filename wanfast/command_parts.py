@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from wanfast.errors import RequestError
 from wanfast.plan import Plan
 from wanfast.presets import apply_preset
 from wanfast.request import Request, parse_size
-from wanfast.run_state import RunKeeper
+from wanfast.run_state import FileMark, RunKeeper
 
 
 def sources_of(arguments: argparse.Namespace) -> Sources:
@@ -39,15 +39,17 @@ def request_for(arguments: argparse.Namespace, config: ModelConfig, image: Image
 
 
 @contextmanager
-def kept_on_disk(output: Path, settings: dict[str, Any], plan: Plan) -> Iterator[RunKeeper]:
+def kept_on_disk(output: Path, settings: dict[str, Any], plan: Plan, files: Sequence[FileMark]) -> Iterator[RunKeeper]:
     """Keep a run on disk as it goes; when it stops before its clip is there, say how to go on."""
-    keeper = RunKeeper(output, settings)
+    keeper = RunKeeper(output, settings, files)
     try:
         yield keeper
     except BaseException:
         if (state := keeper.stop()) is not None:
             done = f"after step {state.next_step} of {len(plan.steps)}"
-            print(f"wanfast: `wanfast resume {shlex.quote(str(keeper.file))}` goes on {done}", file=sys.stderr)
+            more = " --overwrite" if output.exists() else ""
+            name = shlex.quote(str(keeper.file))
+            print(f"wanfast: `wanfast resume {name}{more}` goes on {done}", file=sys.stderr)
         raise
     keeper.finish()
 

@@ -24,7 +24,7 @@ from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan
 from wanfast.plan_command import show_plan
 from wanfast.progress import Progress
-from wanfast.run_state import RunState, read_run, resume_file
+from wanfast.run_state import StoredRun, changed_file, mark_files, read_run, resume_file
 from wanfast.settings import Recorded, RecordedLora, image_digest, read_recorded
 from wanfast.video import check_writable, read_settings, write_video
 
@@ -85,13 +85,13 @@ def _resume(arguments: argparse.Namespace) -> None:
     run = read_run(arguments.run)
     recorded = read_recorded(run.settings, arguments.run)
     arguments.output = arguments.output or run.output
-    is_its_own = resume_file(Path(arguments.output).absolute()) == Path(arguments.run).absolute()
+    is_its_own = resume_file(Path(arguments.output)).resolve() == Path(arguments.run).resolve()
     _check_output(arguments, is_going_on=is_its_own)
-    _repeat(arguments, recorded, run.state)
+    _repeat(arguments, recorded, run)
     Path(arguments.run).unlink(missing_ok=True)
 
 
-def _repeat(arguments: argparse.Namespace, recorded: Recorded, state: RunState | None = None) -> None:
+def _repeat(arguments: argparse.Namespace, recorded: Recorded, run: StoredRun | None = None) -> None:
     """Make a clip from recorded settings, from its start or from where it was stopped."""
     image, image_path = None, arguments.image or recorded.image_path
     if recorded.image_sha256 is not None:
@@ -110,9 +110,11 @@ def _repeat(arguments: argparse.Namespace, recorded: Recorded, state: RunState |
     )
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
+    if run is not None and (changed := changed_file(run.files, mark_files(model.model.experts.values()))) is not None:
+        raise RequestError(f"model: must be as it was when the run was begun, got {changed}, which has changed since")
     plan = plan_for(model, recorded.request)
     loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
-    inputs = Inputs(image=image, loras=loras, state=state)
+    inputs = Inputs(image=image, loras=loras, state=None if run is None else run.state)
     _make(arguments, model, plan, inputs, None if image is None else absolute(image_path))
 
 
@@ -139,10 +141,11 @@ def _make(
     check_writable(path)
     note(arguments, _headline(plan))
     settings = settings_for(model, plan, inputs, image_path)
+    files = mark_files(model.model.experts.values())
     started = time.perf_counter()
-    with Progress(is_shown=not arguments.quiet) as progress, kept_on_disk(Path(path), settings, plan) as keeper:
+    with Progress(is_shown=not arguments.quiet) as progress, kept_on_disk(path, settings, plan, files) as keeper:
         chunks = generate_frames(model, plan, inputs, on_state=keeper.update, on_progress=progress.update)
-        write_video(path, chunks, fps=plan.fps, settings=settings)
+        path = write_video(path, chunks, fps=plan.fps, settings=settings, overwrite=arguments.overwrite)
         seconds = progress.seconds()
     seconds["total"] = time.perf_counter() - started
     if arguments.json:
@@ -167,7 +170,7 @@ def _check_output(arguments: argparse.Namespace, *, is_going_on: bool = False) -
             f"output: must not exist yet, got {arguments.output}; choose another name or add --overwrite"
         )
     unfinished = resume_file(Path(arguments.output))
-    if unfinished.exists() and not arguments.overwrite and not is_going_on:
+    if os.path.exists(unfinished) and not arguments.overwrite and not is_going_on:
         raise RequestError(
             f"output: must not have a stopped run beside it, got {unfinished}; `wanfast resume` it, choose another"
             " name, or add --overwrite"

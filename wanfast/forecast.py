@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wanfast.budget import DRIVER_BYTES, Budget, refuse_what_cannot_fit
+from wanfast.budget import DRIVER_BYTES, HOST_RESERVE_BYTES, Budget, gigabytes, refuse_what_cannot_fit
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import ModelConfig
+from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.machines import Gpu, known_gpu
@@ -50,7 +51,15 @@ def make_forecast(
         MemoryBudgetError: the plan does not fit; the message says what would.
     """
     if not plan.device.startswith("cuda"):
+        if gpu is not None:
+            raise RequestError(f"gpu: must be left out for device cpu, got {gpu.name}; leave --device out")
         return Forecast(refuse_what_cannot_fit(config, plan, sizes, vram=ram, ram=ram), None)
+    if gpu is not None and vram is not None and vram > gpu.memory:
+        raise RequestError(f"vram: must be at most the {gigabytes(gpu.memory)} of a {gpu.name}, got {gigabytes(vram)}")
+    if ram is not None and ram < HOST_RESERVE_BYTES:
+        raise MemoryBudgetError(
+            f"ram: must be at least the {gigabytes(HOST_RESERVE_BYTES)} left to the system, got {gigabytes(ram)}"
+        )
     limit = vram if vram is not None or gpu is None else gpu.memory
     budget = refuse_what_cannot_fit(config, plan, sizes, vram=limit, ram=ram)
     if gpu is None:
@@ -65,21 +74,22 @@ def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecas
     return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram)
 
 
-def budget_here(model: LoadedModel, plan: Plan) -> Budget:
-    """Settle the memory of a plan on this machine; errors as in `make_forecast`."""
+def budget_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> Budget:
+    """Settle the memory of a plan, and of what LoRAs add to it, on this machine; errors as in `make_forecast`."""
     vram, ram = _limits_here(model)
     limit = vram if model.device.type == "cuda" else ram
-    return refuse_what_cannot_fit(model.config, plan, sizes_of(model), vram=limit, ram=ram)
+    sizes = with_loras(sizes_of(model), model.config, plan, loras)
+    return refuse_what_cannot_fit(model.config, plan, sizes, vram=limit, ram=ram)
 
 
-def bound_blocks(model: LoadedModel, plans: Sequence[Plan]) -> None:
+def bound_blocks(model: LoadedModel, plans: Sequence[Plan], loras: Sequence[Lora] = ()) -> None:
     """Leave a GPU's blocks no more memory than the plans, made one after another, have for them.
 
     Raises:
         MemoryBudgetError: a plan does not fit; the message says what would.
     """
     if model.device.type == "cuda":  # on a CPU blocks are used where they were loaded, which are mostly mapped files
-        budgets = [budget_here(model, plan) for plan in plans]
+        budgets = [budget_here(model, plan, loras) for plan in plans]
         model.allow_blocks(min(budget.num_slots * budget.slot_bytes for budget in budgets))
 
 

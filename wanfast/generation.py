@@ -118,7 +118,7 @@ def generate_latents(
         picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
         conditions = Conditions(contexts=contexts, picture=picture, loras=inputs.loras)
         steps = plan.steps[start.next_step :]
-        bound_blocks(model, [plan])
+        bound_blocks(model, [plan], inputs.loras)
         with model.passes([step.expert for step in steps]):
             end = denoise(model, plan, start, steps, conditions, on_step=on_step, on_state=on_state, progress=progress)
         return end.latents[0]
@@ -245,8 +245,8 @@ def _velocity_in_less_memory(
     while True:
         try:
             return guided_velocity(model, plan, step, latents, conditions)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
         # Outside of the handler, which would keep what the failed step had allocated.
@@ -305,10 +305,24 @@ def decode_frames(
         chunks = decode(model.vae_decoder(), latents[None].to(model.device))
     while done < plan.num_frames:
         with own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
-            frames = to_uint8(next(chunks))
+            frames = to_uint8(_next_or_out_of_memory(chunks))
         done += len(frames)
         yield frames
         progress("decode", done, plan.num_frames)
+
+
+def _next_or_out_of_memory(chunks: Iterator[Tensor]) -> Tensor:
+    try:
+        return next(chunks)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    raise MemoryBudgetError(f"decode: out of memory ({reason}); try a smaller size")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or _CPU_OUT_OF_MEMORY in str(error)
 
 
 def _counted(blocks: Iterator[Block], stage: str, total: int, progress: OnProgress) -> Iterator[Block]:

@@ -6,11 +6,14 @@ settings, to the bit.
 
 import json
 import logging
+import math
 import os
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -26,7 +29,9 @@ KEEP_AFTER_SECONDS = 10.0  # what is lost at most; a shorter run is not worth a 
 
 _log = logging.getLogger("wanfast")
 _KEY, _FORMAT = "wanfast_run", 1
-_FIELDS: dict[str, type] = {"next_step": int, "sigmas": list, "output": str, "settings": dict}
+_FIELDS: dict[str, type] = {"next_step": int, "sigmas": list, "output": str, "settings": dict, "files": list}
+
+FileMark: TypeAlias = tuple[str, int, int]  # path, bytes, time of its last change in nanoseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +59,12 @@ class StoredRun:
     state: RunState  # on the CPU
     settings: dict[str, Any]  # as a clip holds them
     output: str  # absolute path of the clip it was to become
+    files: tuple[FileMark, ...]  # of the model, as they were
 
 
-def write_run(file: Path, state: RunState, settings: dict[str, Any], output: Path) -> None:
+def write_run(
+    file: Path, state: RunState, settings: dict[str, Any], output: Path, files: Sequence[FileMark] = ()
+) -> None:
     """Write a stopped run; the file is replaced in one piece.
 
     Raises:
@@ -74,6 +82,7 @@ def write_run(file: Path, state: RunState, settings: dict[str, Any], output: Pat
         "sigmas": sigmas,
         "output": str(output.absolute()),
         "settings": settings,
+        "files": [list(mark) for mark in files],
     }
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(on_cpu, metadata={_KEY: json.dumps(content)})
@@ -85,7 +94,8 @@ def write_run(file: Path, state: RunState, settings: dict[str, Any], output: Pat
             os.fsync(stream.fileno())
         part.replace(file)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def read_run(file: str | Path) -> StoredRun:
@@ -108,7 +118,8 @@ def read_run(file: str | Path) -> StoredRun:
     if names:
         history = History(tuple(tensors[name] for name in names), tuple(content["sigmas"]), tensors["history.latents"])
     state = RunState(content["next_step"], tensors["latents"], history)
-    return StoredRun(state, content["settings"], content["output"])
+    files = tuple((str(path), int(size), int(time_ns)) for path, size, time_ns in content["files"])
+    return StoredRun(state, content["settings"], content["output"], files)
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -122,8 +133,14 @@ def _content(path: Path) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         if type(content.get(name)) is not kind:
             raise CheckpointError(f"{path}: its {name} is damaged; start the run anew")
-    if content["next_step"] < 0 or not all(type(sigma) is float for sigma in content["sigmas"]):
+    marks_are_right = all(
+        isinstance(mark, list) and [type(part) for part in mark] == [str, int, int] for mark in content["files"]
+    )
+    sigmas = content["sigmas"]
+    if content["next_step"] < 0 or len(sigmas) > 2 or not all(type(sigma) is float for sigma in sigmas):
         raise CheckpointError(f"{path}: its steps are damaged; start the run anew")
+    if not marks_are_right:
+        raise CheckpointError(f"{path}: its files are damaged; start the run anew")
     return content
 
 
@@ -136,39 +153,57 @@ def _latents(reader: Reader, name: str, shape: tuple[int, ...]) -> Tensor:
 class RunKeeper:
     """Keeps a run on disk as it goes, so that at most some seconds of it can be lost."""
 
-    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
-        """Write nothing yet; the file is `<output>.resume`."""
+    def __init__(self, output: Path, settings: dict[str, Any], files: Sequence[FileMark] = ()) -> None:
+        """Write nothing yet; the file is `<output>.resume`. `files` are the model's, as they are now."""
         self.file = resume_file(output)
         self._output = output
         self._settings = settings
+        self._files = files
         self._kept_at = time.monotonic()
         self._state: RunState | None = None  # newer than the file
 
     def update(self, state: RunState) -> None:
         """Take the state after a step; it reaches the disk when the last one there is some seconds old."""
-        self._state = state
+        self._state = map_state(state, torch.device("cpu"))  # a run that waits must not hold a device's memory
         if self._is_due():
-            self._write(state)
+            self._write(self._state)
 
     def stop(self) -> RunState | None:
         """Put the last state on the disk if the run is worth it; return what is there to go on from."""
-        if self._state is not None and (self.file.exists() or self._is_due()):
+        if self._state is not None and (os.path.exists(self.file) or self._is_due()):
             self._write(self._state)
-        return self._state if self.file.exists() else None
+        return self._state if os.path.exists(self.file) else None
 
     def finish(self) -> None:
         """Take the file away: the clip is there."""
-        self.file.unlink(missing_ok=True)
+        self._state = None
+        with suppress(OSError):
+            self.file.unlink()
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._kept_at >= KEEP_AFTER_SECONDS
 
     def _write(self, state: RunState) -> None:
         try:
-            write_run(self.file, state, self._settings, self._output)
+            write_run(self.file, state, self._settings, self._output, self._files)
         except OSError as error:  # the run itself is not harmed
+            self._kept_at = math.inf  # it would fail again
             _log.warning("%s: the run cannot be kept there (%s)", self.file, error.strerror or error)
+            return
         self._kept_at = time.monotonic()
+
+
+def mark_files(readers: Iterable[Reader]) -> tuple[FileMark, ...]:
+    """Note which files a model is in, and what they are like now."""
+    files = sorted({reader.ref(name).file.absolute() for reader in readers for name in reader.names()})
+    stats = [(file, file.stat()) for file in files if file.exists()]
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+
+
+def changed_file(marks: Iterable[FileMark], now: Iterable[FileMark]) -> str | None:
+    """Name a file of a stopped run that has changed since; files that are elsewhere by now are not compared."""
+    before = {path: rest for path, *rest in marks}
+    return next((path for path, *rest in now if path in before and before[path] != rest), None)
 
 
 def resume_file(output: Path) -> Path:

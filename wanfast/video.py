@@ -25,6 +25,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from wanfast.errors import MediaError, RequestError
+from wanfast.locks import place_file
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -108,7 +109,14 @@ def check_writable(path: PathLike) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_video(path: PathLike, chunks: Iterable[Tensor | Pixels], *, fps: int, settings: Mapping[str, Any]) -> Path:
+def write_video(
+    path: PathLike,
+    chunks: Iterable[Tensor | Pixels],
+    *,
+    fps: int,
+    settings: Mapping[str, Any],
+    overwrite: bool = True,
+) -> Path:
     """Encode frames to an H.264 mp4 as they arrive, and embed the settings.
 
     The colours are converted to limited-range BT.709 and tagged so; the index stands first, so that playing can start
@@ -122,9 +130,10 @@ def write_video(path: PathLike, chunks: Iterable[Tensor | Pixels], *, fps: int, 
             Each is encoded before the next is asked for.
         fps: frames per second, >= 1.
         settings: JSON values under string keys, up to 1 MiB as text.
+        overwrite: whether a file that stands there at the end is replaced; else the clip gets a number behind its name.
 
     Returns:
-        The path.
+        The path of the clip.
 
     Raises:
         RequestError: the name does not end in .mp4, or no file can have it; height or width is odd.
@@ -143,12 +152,12 @@ def write_video(path: PathLike, chunks: Iterable[Tensor | Pixels], *, fps: int, 
         with _writing(path):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(part, target)
+            made = place_file(part, target, overwrite=overwrite)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    return Path(path)
+    return Path(path) if made == target else made
 
 
 def _target_of(path: PathLike) -> Path:

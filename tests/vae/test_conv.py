@@ -177,3 +177,15 @@ def test_refuses_another_dtype_or_device_by_name(path, name, change):
     arguments[name] = arguments[name].to(**change)
     with pytest.raises(ValueError, match=f"{name}: must be torch.float32 on cpu like the weight"):
         causal_conv3d(weight=prepare(torch.randn(8, 4, 3, 3, 3)), **arguments)
+
+
+def test_the_callers_default_dtype_does_not_matter() -> None:
+    """Buffers that C++ writes fp32 to are fp32, whatever torch makes by default."""
+    x, weight = torch.randn(1, 16, 2, 6, 5), torch.randn(16, 16, 3, 3, 3)
+    want = causal_conv3d(x, None, prepare(weight), None)[0]
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = causal_conv3d(x, None, prepare(weight), None)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32 and torch.equal(got, want)

@@ -31,7 +31,8 @@ def parse_bytes(argument: str, text: str | int) -> int:
         RequestError: not an amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text), flags=re.IGNORECASE)
-    amount = round(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    known = match is not None and match[2].upper() in _UNITS and len(match[1]) < 30
+    amount = round(float(match[1]) * _UNITS[match[2].upper()]) if match is not None and known else 0
     if amount <= 0:
         raise RequestError(f"{argument}: must be an amount of memory, got {text!r}; for example 24GB or 16GiB")
     return amount

@@ -63,7 +63,7 @@ def prepare(weight: Tensor) -> ConvWeight:
     if not is_packed:
         return ConvWeight(weight.contiguous(memory_format=torch.channels_last_3d), shape, is_packed)
     weight = weight.contiguous()
-    packed = torch.empty(_C.packed_size(out_channels, channels, kt * kh * kw))
+    packed = torch.empty(_C.packed_size(out_channels, channels, kt * kh * kw), dtype=torch.float32)
     _C.pack_weight(weight.data_ptr(), packed.data_ptr(), out_channels, channels, kt * kh * kw)
     return ConvWeight(packed, shape, is_packed)
 
@@ -137,9 +137,10 @@ def causal_conv3d_extension(
     out_channels, channels, kt, kh, kw = weight.shape
     x = x.contiguous(memory_format=torch.channels_last_3d)
     history = None if history is None else history.contiguous(memory_format=torch.channels_last_3d)
-    bias = torch.zeros(out_channels) if bias is None else bias.contiguous()
+    bias = torch.zeros(out_channels, dtype=torch.float32) if bias is None else bias.contiguous()
     batch, _, frames, height, width = x.shape
-    y = torch.empty((batch, out_channels, frames, height, width), memory_format=torch.channels_last_3d)
+    shape = (batch, out_channels, frames, height, width)
+    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last_3d)
     _C.causal_conv3d(
         x=x.data_ptr(),
         history=0 if history is None else history.data_ptr(),
