@@ -259,6 +259,13 @@ class TestForward:
         with pytest.raises(RequestError, match=f"^{message}"):
             call(**changes)
 
+    def test_a_gradient_through_the_vae(self, case: Case) -> None:
+        vae = case.pipe.vae
+        with case.accelerated():
+            for name, call, shape in (("z", vae.decode, (1, 16, 1, 4, 4)), ("x", vae.encode, (1, 3, 1, 32, 32))):
+                with pytest.raises(RequestError, match=f"^{name}: must need no gradient"):
+                    call(torch.zeros(shape, requires_grad=True))
+
     def test_another_device(self) -> None:
         model = diffusers_dit(small_config("t2v"))
         with pytest.raises(RequestError, match=r"^transformer: must be on the device of its inputs, meta, got cpu"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from reference.families import make_family
+from reference.families import official_by_task
 from safetensors.torch import load_file, save_file
 
 import wanfast.batch as batch
@@ -29,15 +29,7 @@ PROMPTS = ["a red ball", "the cat jumps", "a blue box rolls"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def of(task: str) -> Path:
-        if task not in made:
-            folder = tmp_path_factory.mktemp(task)
-            made[task] = make_family(task, folder).write_official(folder / "model")
-        return made[task]
-
-    return of
+    return official_by_task(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +254,21 @@ def test_two_batches_do_not_write_into_one_folder(
         other.wait()
     assert main(line(models("t2v"))) == 0
     assert {path.suffix for path in clips.iterdir()} == {".mp4"}
+
+
+def test_a_file_that_appears_meanwhile_is_kept(
+    models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = batch_command.generate_batch
+
+    def making(*arguments: Any) -> Any:
+        (clips / "0004-the-cat-jumps.mp4").write_text("precious")
+        yield from own(*arguments)
+
+    monkeypatch.setattr(batch_command, "generate_batch", making)
+    assert main(line(models("t2v"))) == 0
+    assert "clips/0004-the-cat-jumps-2.mp4" in capsys.readouterr().out
+    assert (clips / "0004-the-cat-jumps.mp4").read_text() == "precious"
 
 
 def test_a_stopped_batch_leaves_nothing_beside_finished_clips(

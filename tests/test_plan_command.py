@@ -8,6 +8,12 @@ from reference import loras
 
 import wanfast
 from wanfast.__main__ import main
+from wanfast.config import T2V_A14B
+from wanfast.forecast import make_forecast
+from wanfast.machines import GPUS
+from wanfast.plan import make_plan
+from wanfast.request import Request
+from wanfast.weight_sizes import parse_stored, weight_sizes
 
 
 def _run(*words: object) -> int:
@@ -78,6 +84,30 @@ def test_bad_machines_are_refused_by_name(
 ) -> None:
     assert _run(*LINE, *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "told"),
+    [
+        (["--device", "cpu", "--gpu", "4090"], 2, "gpu: must be left out for device cpu, got RTX 4090"),
+        (["--gpu", "4090", "--vram", "80GB"], 2, "vram: must be at most the 25.77 GB of a RTX 4090, got 80.00 GB"),
+        (["--gpu", "4090", "--ram", "1GB"], 1, "ram: must be at least the 2.15 GB left to the system, got 1.00 GB"),
+    ],
+    ids=str,
+)
+def test_machines_that_cannot_be_are_refused(
+    more: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(*LINE, "--stored", "int8", *more) == code
+    assert told in capsys.readouterr().err
+
+
+def test_a_free_card_may_offer_more_than_its_datasheet() -> None:
+    """What is free is counted with the driver's share, which the datasheet's memory is less than."""
+    gpu, config = GPUS["4090"], T2V_A14B
+    plan = make_plan(config, Request("a"), precision="exact", device="cuda")
+    sizes = weight_sizes(config, "exact", parse_stored("int8"))
+    assert make_forecast(config, plan, sizes, gpu=gpu, vram=gpu.memory + 500_000_000, ram=10**11).budget.fits
 
 
 def test_files_are_planned_for_this_machine_or_a_card(capsys: pytest.CaptureFixture[str]) -> None:

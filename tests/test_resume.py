@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from reference.families import make_family
+from reference.families import make_family, official_by_task
 from safetensors.torch import load_file, save_file
 
 import wanfast.commands as commands
@@ -28,15 +28,7 @@ FLAGS = ["--size", "32x32", "--num-frames", "5", "--steps", str(STEPS), "--seed"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def of(task: str) -> Path:
-        if task not in made:
-            folder = tmp_path_factory.mktemp(task)
-            made[task] = make_family(task, folder).write_official(folder / "model")
-        return made[task]
-
-    return of
+    return official_by_task(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)

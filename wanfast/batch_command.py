@@ -131,7 +131,7 @@ def _prepare(
             return _Clip(line=line, output=output, plan=plan, inputs=inputs, settings=settings, is_there=False)
         run = None if output.exists() else read_run(resume_file(output))
         earlier = read_settings(output) if run is None else run.settings
-    except (RequestError, MediaError, CheckpointError) as error:
+    except (RequestError, MediaError, CheckpointError, MemoryBudgetError) as error:
         raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
     if not _is_same(earlier, settings, is_seed_given=asked.seed not in (None, _RANDOM_SEED)):
         raise RequestError(
@@ -163,7 +163,7 @@ def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given
 
 
 def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Clip]) -> list[dict[str, Any]]:
-    files = mark_files(model.model.experts.values())
+    files = mark_files(model.model.readers)
     keepers = [RunKeeper(clip.output, clip.settings, files) for clip in clips]
     jobs = [
         Job(plan=clip.plan, inputs=clip.inputs, on_state=keeper.update)
@@ -178,23 +178,24 @@ def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Cl
 
         for made in generate_batch(model, jobs, tell):
             clip = clips[made.index]
-            results.append(_result(clip, _write(clip, made)))
-            if results[-1]["error"] is None:
+            clip, error = _write(clip, made, overwrite=arguments.overwrite)
+            results.append(_result(clip, error))
+            if error is None:
                 keepers[made.index].finish()
                 if not arguments.json:
                     print(clip.output, flush=True)
     return results
 
 
-def _write(clip: _Clip, made: Made) -> Exception | None:
-    """Write a clip's frames; a failure is its own, the others go on."""
+def _write(clip: _Clip, made: Made, *, overwrite: bool) -> tuple[_Clip, Exception | None]:
+    """Write a clip's frames, and say where they are; a failure is its own, the others go on."""
     if made.frames is None:
-        return made.error
+        return clip, made.error
     try:
-        write_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings)
+        path = write_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings, overwrite=overwrite)
     except _OF_ONE_CLIP as error:
-        return error
-    return None
+        return clip, error
+    return replace(clip, output=path), None
 
 
 @contextmanager

@@ -105,39 +105,20 @@ def make_budget(
     Returns:
         The budget, which may not fit: `fits` says, `refuse_what_cannot_fit` raises.
     """
-    on_gpu = plan.device.startswith("cuda")
-    always = {"driver and libraries": DRIVER_BYTES} if on_gpu else {}
-    itemsize = 4 if plan.precision == "fp32" else 2
     experts = tuple(dict.fromkeys(step.expert for step in plan.steps))
-    carried = always | _carried(config, plan, itemsize)
-
-    text = {
-        "two blocks of the encoder": MIN_SLOTS * sizes.text_slot,
-        "activations": text_activations(config.text, num_tokens=config.dit.text_len, num_prompts=2, itemsize=itemsize),
-    }
-    stages = [Stage("text", always | text)]
-    if plan.image_size is not None:
-        encoder = encode_activations(
-            config.vae, height=plan.height, width=plan.width, num_frames=_encoded(plan), is_joined=on_gpu
-        )
-        stages.append(Stage("picture", carried | {"VAE encoder": sizes.vae_encoder} | _vae_items(encoder)))
-
-    around = {"weights around the blocks": sizes.outer * (len(experts) if on_gpu else 1)}
-    around["LoRAs"] = sizes.loras
-    steps = carried | around | _step_items(config, plan, itemsize, chunk_tokens, sizes.is_expanded)
+    carried = _driver(plan) | _carried(config, plan)
+    steps = carried | _around_blocks(plan, sizes, len(experts)) | _step_items(config, plan, chunk_tokens, sizes)
     num_blocks = config.dit.num_layers
     wanted = num_blocks * len(experts)
     most = wanted if vram is None else slots_that_fit(vram, sum(steps.values()), sizes.slot, wanted)
     num_slots = max(MIN_SLOTS, num_blocks if num_blocks <= most < wanted else most)
     steps = {_slots_label(num_slots, num_blocks): num_slots * sizes.slot} | steps
-    stages.append(Stage(f"steps ({', '.join(experts)})", steps))
 
-    latent_rows, latent_columns = plan.latent_shape[2:]
-    decoder = decode_activations(
-        config.vae, rows=latent_rows, columns=latent_columns, num_frames=plan.latent_shape[1], is_joined=on_gpu
-    )
-    latents = {"latents": _latent_bytes(plan)}
-    stages.append(Stage("decode", always | latents | {"VAE decoder": sizes.vae_decoder} | _vae_items(decoder)))
+    stages = [Stage("text", _text_items(config, plan, sizes))]
+    if plan.image_size is not None:
+        stages.append(Stage("picture", carried | _picture_items(config, plan, sizes)))
+    stages.append(Stage(f"steps ({', '.join(experts)})", steps))
+    stages.append(Stage("decode", _decode_items(config, plan, sizes)))
     budget = Budget(
         stages=tuple(Stage(stage.name, {what: size for what, size in stage.items.items() if size}) for stage in stages),
         limit=vram,
@@ -152,6 +133,46 @@ def make_budget(
     kept = again if ram is None else max(0, min(again, ram - HOST_RESERVE_BYTES))
     host = {"left to the system": HOST_RESERVE_BYTES, "blocks that are copied again": kept}
     return replace(budget, host=host, host_missing=again - kept)
+
+
+def _on_gpu(plan: Plan) -> bool:
+    return plan.device.startswith("cuda")
+
+
+def _itemsize(plan: Plan) -> int:
+    return 4 if plan.precision == "fp32" else 2
+
+
+def _driver(plan: Plan) -> dict[str, int]:
+    return {"driver and libraries": DRIVER_BYTES} if _on_gpu(plan) else {}
+
+
+def _text_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
+    num_tokens = config.dit.text_len
+    activations = text_activations(config.text, num_tokens=num_tokens, num_prompts=2, itemsize=_itemsize(plan))
+    blocks = {"two blocks of the encoder": MIN_SLOTS * sizes.text_slot}
+    return _driver(plan) | blocks | {"activations": activations}
+
+
+def _picture_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
+    activations = encode_activations(
+        config.vae, height=plan.height, width=plan.width, num_frames=_encoded(plan), is_joined=_on_gpu(plan)
+    )
+    return {"VAE encoder": sizes.vae_encoder} | _vae_items(activations)
+
+
+def _around_blocks(plan: Plan, sizes: WeightSizes, num_experts: int) -> dict[str, int]:
+    """What stands around the blocks; a GPU has it of every expert, so that the swap waits for nothing."""
+    return {"weights around the blocks": sizes.outer * (num_experts if _on_gpu(plan) else 1), "LoRAs": sizes.loras}
+
+
+def _decode_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
+    _, num_frames, rows, columns = plan.latent_shape
+    activations = decode_activations(
+        config.vae, rows=rows, columns=columns, num_frames=num_frames, is_joined=_on_gpu(plan)
+    )
+    weights = {"latents": _latent_bytes(plan), "VAE decoder": sizes.vae_decoder}
+    return _driver(plan) | weights | _vae_items(activations)
 
 
 def refuse_what_cannot_fit(
@@ -245,9 +266,9 @@ def _most_frames(config: ModelConfig, plan: Plan, sizes: WeightSizes, width: int
     return None if low == 0 else (low - 1) * stride + 1
 
 
-def _carried(config: ModelConfig, plan: Plan, itemsize: int) -> dict[str, int]:
+def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
     """What stays from one stage to the next."""
-    contexts = 2 * config.dit.text_len * config.dit.text_dim * itemsize
+    contexts = 2 * config.dit.text_len * config.dit.text_dim * _itemsize(plan)
     latents = _latent_bytes(plan)
     condition = 0
     if plan.image_size is not None:
@@ -257,14 +278,14 @@ def _carried(config: ModelConfig, plan: Plan, itemsize: int) -> dict[str, int]:
     return {"encoded prompts": contexts, "latents and solver": _SOLVER_TENSORS * latents, "picture": condition}
 
 
-def _step_items(config: ModelConfig, plan: Plan, itemsize: int, chunk_tokens: int, is_expanded: bool) -> dict[str, int]:
+def _step_items(config: ModelConfig, plan: Plan, chunk_tokens: int, sizes: WeightSizes) -> dict[str, int]:
     return dit_activations(
         config.dit,
         num_tokens=plan.num_tokens,
         num_contexts=max(step.num_forwards for step in plan.steps),
-        itemsize=itemsize,
+        itemsize=_itemsize(plan),
         chunk_tokens=chunk_tokens,
-        is_expanded=is_expanded,
+        is_expanded=sizes.is_expanded,
         timestep_rows=2 if plan.task == "ti2v" and plan.image_size is not None else 1,
     )
 

@@ -110,7 +110,7 @@ def _repeat(arguments: argparse.Namespace, recorded: Recorded, run: StoredRun | 
     )
     if model.config.name != recorded.model:
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
-    if run is not None and (changed := changed_file(run.files, mark_files(model.model.experts.values()))) is not None:
+    if run is not None and (changed := changed_file(run.files, mark_files(model.model.readers))) is not None:
         raise RequestError(f"model: must be as it was when the run was begun, got {changed}, which has changed since")
     plan = plan_for(model, recorded.request)
     loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
@@ -141,7 +141,7 @@ def _make(
     check_writable(path)
     note(arguments, _headline(plan))
     settings = settings_for(model, plan, inputs, image_path)
-    files = mark_files(model.model.experts.values())
+    files = mark_files(model.model.readers)
     started = time.perf_counter()
     with Progress(is_shown=not arguments.quiet) as progress, kept_on_disk(path, settings, plan, files) as keeper:
         chunks = generate_frames(model, plan, inputs, on_state=keeper.update, on_progress=progress.update)

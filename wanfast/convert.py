@@ -97,7 +97,7 @@ def _check_output(target: Path) -> None:
 
 def _state_of(model: Model, precision: str) -> bytes:
     """What a folder is to become, and of what."""
-    sources = sorted({reader.ref(name).file.resolve() for reader in _readers(model) for name in reader.names()})
+    sources = sorted({reader.ref(name).file.resolve() for reader in model.readers for name in reader.names()})
     marks = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     return json.dumps({"model": model.config.name, "precision": precision, "files": marks}, indent=1).encode()
 
@@ -129,10 +129,6 @@ def _claimed(building: Path, state: bytes) -> Iterator[None]:
             file.write(state)
             file.flush()
         yield
-
-
-def _readers(model: Model) -> list[Reader]:
-    return [*model.experts.values(), model.text, model.vae]
 
 
 def _check_room(building: Path, sizes: Iterable[int]) -> None:

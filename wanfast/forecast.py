@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wanfast.budget import DRIVER_BYTES, HOST_RESERVE_BYTES, Budget, gigabytes, refuse_what_cannot_fit
+from wanfast.budget import DRIVER_BYTES, Budget, refuse_what_cannot_fit
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import ModelConfig
-from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.machines import Gpu, known_gpu
@@ -51,15 +50,7 @@ def make_forecast(
         MemoryBudgetError: the plan does not fit; the message says what would.
     """
     if not plan.device.startswith("cuda"):
-        if gpu is not None:
-            raise RequestError(f"gpu: must be left out for device cpu, got {gpu.name}; leave --device out")
         return Forecast(refuse_what_cannot_fit(config, plan, sizes, vram=ram, ram=ram), None)
-    if gpu is not None and vram is not None and vram > gpu.memory:
-        raise RequestError(f"vram: must be at most the {gigabytes(gpu.memory)} of a {gpu.name}, got {gigabytes(vram)}")
-    if ram is not None and ram < HOST_RESERVE_BYTES:
-        raise MemoryBudgetError(
-            f"ram: must be at least the {gigabytes(HOST_RESERVE_BYTES)} left to the system, got {gigabytes(ram)}"
-        )
     limit = vram if vram is not None or gpu is None else gpu.memory
     budget = refuse_what_cannot_fit(config, plan, sizes, vram=limit, ram=ram)
     if gpu is None:

@@ -36,6 +36,11 @@ class Model:
     notes: tuple[str, ...] = ()  # what was decided by names and places of files
     made_from: tuple[str, ...] = ()  # names of the files it was converted from
 
+    @property
+    def readers(self) -> list[Reader]:
+        """The open files of every part."""
+        return [*self.experts.values(), self.text, self.vae]
+
 
 def open_model(sources: str | Path | Sources) -> Model:
     """Open a model's files and hold every tensor's name and shape to what the model needs.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from wanfast.budget import budget_to_dict
+from wanfast.budget import HOST_RESERVE_BYTES, budget_to_dict, gigabytes
 from wanfast.command_parts import note, request_for, sources_of
 from wanfast.config import MODELS, ModelConfig
-from wanfast.errors import RequestError
+from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.forecast import Forecast, forecast_here, make_forecast, sizes_of, with_loras
 from wanfast.images import load_image
 from wanfast.lora import describe_lora, open_loras
@@ -87,10 +87,18 @@ def _of_files(arguments: argparse.Namespace) -> tuple[Plan, Forecast]:
 
 
 def _limits(arguments: argparse.Namespace) -> tuple[Gpu | None, int | None, int | None]:
-    """Read the card and the bytes of it and of the host that may be used."""
+    """Read the card and the bytes of it and of the host that may be used, and hold them to one another."""
     gpu = None if arguments.gpu is None else find_gpu(arguments.gpu)
     vram = None if arguments.vram is None else parse_bytes("vram", arguments.vram)
     ram = None if arguments.ram is None else parse_bytes("ram", arguments.ram)
+    if gpu is not None and (arguments.device or "cuda").startswith("cpu"):
+        raise RequestError(f"gpu: must be left out for device cpu, got {gpu.name}; leave --device out")
+    if gpu is not None and vram is not None and vram > gpu.memory:
+        raise RequestError(f"vram: must be at most the {gigabytes(gpu.memory)} of a {gpu.name}, got {gigabytes(vram)}")
+    if gpu is not None and ram is not None and ram < HOST_RESERVE_BYTES:
+        raise MemoryBudgetError(
+            f"ram: must be at least the {gigabytes(HOST_RESERVE_BYTES)} left to the system, got {gigabytes(ram)}"
+        )
     return gpu, vram, ram
 
 

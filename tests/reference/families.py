@@ -1,6 +1,8 @@
 """The three model families, small and random: as checkpoints in both layouts and as diffusers pipelines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,16 @@ def make_family(task: str, folder: Path, *, seed: int = 0) -> Family:
         text_encoder=text.umt5_encoder(TEXT, seed=seed),
         tokenizer=text.write_tokenizer(folder / "tokenizer-source"),
     )
+
+
+def official_by_task(folder: Path) -> Callable[[str], Path]:
+    """Give a small official checkpoint of a task, written into a folder when it is first asked for."""
+
+    @cache
+    def of(task: str) -> Path:
+        return make_family(task, folder / task).write_official(folder / task / "model")
+
+    return of
 
 
 def noise(plan_shape: tuple[int, ...], seed: int = 7) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from wanfast.errors import RequestError
 
@@ -92,4 +93,16 @@ def _check_processor(part: str, name: str, processor: Any) -> None:
         raise RequestError(
             f"{part}: {name} must have diffusers' own attention, got {kind} with the backend {chosen};"
             f" {REFUSED['set_attention_backend']}"
+        )
+
+
+def refuse_gradient(name: str, x: Tensor) -> None:
+    """Refuse an input whose gradient somebody waits for.
+
+    Raises:
+        RequestError: it needs a gradient, and gradients are on.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RequestError(
+            f"{name}: must need no gradient, as wanfast has none, got one that does; use torch.no_grad()"
         )

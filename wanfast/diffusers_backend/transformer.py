@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from wanfast.config import ExpertName
-from wanfast.diffusers_backend.checks import REFUSED, check_module, refused
+from wanfast.diffusers_backend.checks import REFUSED, check_module, refuse_gradient, refused
 from wanfast.diffusers_backend.experts import Experts, config_of
 from wanfast.diffusers_backend.predict import predict_sample
 from wanfast.diffusers_backend.single_file import read_single_file
@@ -125,8 +125,8 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
         """
         if encoder_hidden_states_image is not None:
             raise RequestError("encoder_hidden_states_image: must be None for Wan 2.2, got a tensor; leave it out")
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or encoder_hidden_states.requires_grad):
-            raise RequestError("hidden_states: must need no gradient, as wanfast has none; use torch.no_grad()")
+        refuse_gradient("hidden_states", hidden_states)
+        refuse_gradient("encoder_hidden_states", encoder_hidden_states)
         kwargs = dict(attention_kwargs or {})
         scale = kwargs.pop("scale", 1.0)
         if kwargs:

@@ -14,7 +14,7 @@ from torch import Tensor
 from wanfast.checkpoint.names import vae_from_diffusers, vae_version
 from wanfast.checkpoint.reader import Reader, memory_reader
 from wanfast.config import VAEConfig
-from wanfast.diffusers_backend.checks import REFUSED, check_module, refused
+from wanfast.diffusers_backend.checks import REFUSED, check_module, refuse_gradient, refused
 from wanfast.diffusers_backend.experts import Experts
 from wanfast.vae.conv import prepare
 from wanfast.vae.decode import decode
@@ -34,6 +34,7 @@ class WanFastAutoencoder(_Base):  # type: ignore[misc]
     _wanfast: Experts | None = None  # the pipeline's transformers
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        refuse_gradient("z", z)
         if self._wanfast is not None and z.device.type != "cpu":
             self._wanfast.release()  # the activations need the room
         if self.use_tiling:
@@ -43,6 +44,7 @@ class WanFastAutoencoder(_Base):  # type: ignore[misc]
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def _encode(self, x: Tensor) -> Any:
+        refuse_gradient("x", x)
         if self.use_tiling:
             return super()._encode(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
