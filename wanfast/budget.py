@@ -10,7 +10,7 @@ from typing import Any
 
 from wanfast.config import ModelConfig
 from wanfast.dit.block import CHUNK_TOKENS
-from wanfast.dit.memory import dit_activations
+from wanfast.dit.memory import dit_activations, kept_text_bytes
 from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.plan import Plan, make_plan, request_of
 from wanfast.residency.residency import MIN_SLOTS
@@ -279,11 +279,13 @@ def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
 
 
 def _step_items(config: ModelConfig, plan: Plan, chunk_tokens: int, sizes: WeightSizes) -> dict[str, int]:
-    return dit_activations(
+    num_contexts, itemsize = max(step.num_forwards for step in plan.steps), _itemsize(plan)
+    kept = kept_text_bytes(config.dit, num_contexts=num_contexts, itemsize=itemsize)
+    return {"keys and values of the text": kept} | dit_activations(
         config.dit,
         num_tokens=plan.num_tokens,
-        num_contexts=max(step.num_forwards for step in plan.steps),
-        itemsize=_itemsize(plan),
+        num_contexts=num_contexts,
+        itemsize=itemsize,
         chunk_tokens=chunk_tokens,
         is_expanded=sizes.is_expanded,
         timestep_rows=2 if plan.task == "ti2v" and plan.image_size is not None else 1,

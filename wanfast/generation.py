@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from wanfast.config import ExpertName
 from wanfast.dit.condition import image_condition, keep_first_frame
 from wanfast.dit.model import predict_velocities
+from wanfast.dit.text import TextMemory
 from wanfast.errors import MemoryBudgetError, NumericsError, RequestError
 from wanfast.forecast import bound_blocks
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
@@ -223,9 +225,11 @@ def denoise(
     state = map_state(start, model.device)
     first_frame = conditions.picture if plan.task == "ti2v" else None
     latents, history = keep_first_frame(state.latents, first_frame), state.history
+    text_memories: dict[ExpertName, TextMemory] = {}
     for step in steps:
         progress("steps", step.index, len(plan.steps))
-        velocity = _velocity_in_less_memory(model, plan, step, latents, conditions)
+        text_memories = {step.expert: text_memories.get(step.expert) or TextMemory()}  # the other expert's makes room
+        velocity = _velocity_in_less_memory(model, plan, step, latents, conditions, text_memories[step.expert])
         latents, history = solver(latents, velocity, step, history)
         latents = keep_first_frame(latents, first_frame)
         _refuse_non_finite(latents, step, plan)
@@ -239,12 +243,12 @@ def denoise(
 
 
 def _velocity_in_less_memory(
-    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, conditions: Conditions
+    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, conditions: Conditions, text_memory: TextMemory
 ) -> Tensor:
     """Predict the guided velocity; when memory runs out, let blocks go and take the same step again."""
     while True:
         try:
-            return guided_velocity(model, plan, step, latents, conditions)
+            return guided_velocity(model, plan, step, latents, conditions, text_memory)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -274,6 +278,7 @@ def guided_velocity(
     step: Step,
     latents: Tensor,
     conditions: Conditions,
+    text_memory: TextMemory | None = None,
 ) -> Tensor:
     """Predict the velocity with and without the prompt and combine them; with guidance 1 the second is not needed."""
     outer, blocks = model.expert(step.expert, conditions.loras)
@@ -286,6 +291,7 @@ def guided_velocity(
         model.config.dit,
         condition=conditions.picture if plan.task == "i2v" else None,
         first_frame_timestep=0.0 if plan.task == "ti2v" and conditions.picture is not None else None,
+        text_memory=text_memory,
     )
     if step.num_forwards == 1:
         return velocities[0]

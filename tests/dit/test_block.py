@@ -7,7 +7,8 @@ from reference.dit import golden_state, golden_tensor, small_config
 from torch import Tensor
 
 from wanfast.checkpoint.reader import memory_reader
-from wanfast.dit.block import dit_block
+from wanfast.dit.block import dit_block, self_attention, text_key_values
+from wanfast.dit.text import Text
 from wanfast.dit.weights import AttentionWeights, BlockWeights, load_block
 from wanfast.linear import Linear
 from wanfast.rope import rope_rotations
@@ -88,18 +89,12 @@ def _case(dtype: torch.dtype, stream_dtype: torch.dtype, rows: int) -> tuple[Ten
 def _run(
     hidden: Tensor, block: BlockWeights, modulation: Tensor, text: Tensor, first_tokens: int = 0, **options: int
 ) -> Tensor:
-    return dit_block(
-        hidden.to(torch.float32, copy=True),
-        block,
-        modulation,
-        text,
-        rope_rotations(GRID, CONFIG.head_dim),
-        num_heads=HEADS,
-        eps=EPS,
-        first_tokens=first_tokens,
-        stream_dtype=hidden.dtype,
-        **options,
-    )
+    rotations = rope_rotations(GRID, CONFIG.head_dim)
+    stream = hidden.to(torch.float32, copy=True)
+    key_values = text_key_values(Text(text, 1), block.cross_attn, num_heads=HEADS, eps=EPS)
+    sizes = {"num_heads": HEADS, "eps": EPS, "first_tokens": first_tokens} | options
+    self_attention(stream, block, modulation, rotations, stream_dtype=hidden.dtype, **sizes)
+    return dit_block(stream, block, modulation, key_values, rotations, attends_to_itself=False, **sizes)
 
 
 def _median_error(got: Tensor, want: Tensor) -> float:
@@ -148,7 +143,8 @@ def test_a_block_writes_to_its_stream_and_to_nothing_else() -> None:
     before = modulation.clone(), text.clone()
     want, stream = _run(hidden, block, modulation, text), hidden.clone()
     rotations = rope_rotations(GRID, CONFIG.head_dim)
-    got = dit_block(stream, block, modulation, text, rotations, num_heads=HEADS, eps=EPS)
+    key_values = text_key_values(Text(text, 1), block.cross_attn, num_heads=HEADS, eps=EPS)
+    got = dit_block(stream, block, modulation, key_values, rotations, num_heads=HEADS, eps=EPS)
     assert got.data_ptr() == stream.data_ptr()
     assert torch.equal(stream, want)
     assert all(torch.equal(*pair) for pair in zip(before, (modulation, text), strict=True))

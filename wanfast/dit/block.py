@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanfast.dit.attention import attention
+from wanfast.dit.text import KeyValues, Text
 from wanfast.dit.weights import AttentionWeights, BlockWeights
 from wanfast.kernels import gated_residual, layer_norm, layer_norm_modulate, rms_norm
 from wanfast.linear import Linear, expand, linear
@@ -45,14 +46,14 @@ def dit_block(
     hidden: Tensor,
     block: BlockWeights,
     modulation: Tensor,
-    text: Tensor,
+    text: KeyValues,
     rotations: Tensor,
     *,
     num_heads: int,
     eps: float,
     first_tokens: int = 0,
-    stream_dtype: torch.dtype = torch.float32,
     chunk_tokens: int = CHUNK_TOKENS,
+    attends_to_itself: bool = True,
 ) -> Tensor:
     """Run one block in the memory of its stream.
 
@@ -61,52 +62,104 @@ def dit_block(
         block: its weights, on hidden's device.
         modulation: [B, R, 6, C] fp32: shift, scale and gate of self-attention, then of the FFN. R is 1, or 2 where the
             first tokens have a timestep of their own.
-        text: [B, S, C], embedded text; every row is attended to.
+        text: keys and values of the text in this block, from `text_key_values`.
         rotations: [T, D / 2] complex64, from `rope_rotations`.
         num_heads: attention heads N; C = N * D.
         eps: added to the variance in every norm.
         first_tokens: tokens [0, first_tokens) take modulation row 0, the others the last row.
-        stream_dtype: of the numbers in the stream; before the first block they are a projection's, in the weights'
-            dtype, and their first norm is rounded to it.
         chunk_tokens: tokens computed at a time; another number changes nothing but the order of a product's sums.
+        attends_to_itself: False where `self_attention` has been run on hidden already.
 
     Returns:
         hidden.
     """
+    if attends_to_itself:
+        self_attention(
+            hidden,
+            block,
+            modulation,
+            rotations,
+            num_heads=num_heads,
+            eps=eps,
+            first_tokens=first_tokens,
+            chunk_tokens=chunk_tokens,
+        )
+    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
+    dtype = block.ffn_up.weight.dtype
+    for sample, (stream, rows) in enumerate(zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True)):
+        weights = block.cross_attn
+        q_layer, o_layer = _plain(weights.q), _plain(weights.o)
+        k, v = text.keys[sample : sample + 1], text.values[sample : sample + 1]
+        for run in runs:
+            x = layer_norm(stream[:, run.tokens], block.norm3_weight, block.norm3_bias, eps=eps, out_dtype=dtype)
+            q = _heads(x, q_layer, weights.norm_q, num_heads, eps).to(dtype)
+            stream[:, run.tokens] += linear(attention(q, k, v, last_count=text.last_count), o_layer)
+        del q_layer, o_layer  # of no use to the next step, and large
+
+        shift, scale, gate = rows[:, :, 3:].unbind(2)
+        up, down = _plain(block.ffn_up), _plain(block.ffn_down)
+        for run in runs:
+            x, first = stream[:, run.tokens], run.first_tokens
+            x = layer_norm_modulate(x, scale, shift, eps=eps, first_tokens=first, out_dtype=dtype)
+            x = linear(F.gelu(linear(x, up), approximate="tanh"), down)
+            _add(stream, x, gate, run)
+    return hidden
+
+
+def self_attention(
+    hidden: Tensor,
+    block: BlockWeights,
+    modulation: Tensor,
+    rotations: Tensor,
+    *,
+    num_heads: int,
+    eps: float,
+    first_tokens: int = 0,
+    stream_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> None:
+    """Run the first step of a block, which knows nothing of the text, in the memory of its stream.
+
+    Args:
+        hidden: [B, T, C] fp32, contiguous. Written to.
+        block: as in `dit_block`, like the arguments that are not named here.
+        modulation: [B, R, 6, C] fp32.
+        rotations: [T, D / 2] complex64.
+        num_heads: attention heads.
+        eps: added to the variance in every norm.
+        first_tokens: that take modulation row 0.
+        stream_dtype: of the numbers in the stream; before the first block they are a projection's, in the weights'
+            dtype, and their first norm is rounded to it.
+        chunk_tokens: tokens computed at a time.
+    """
     dtype = block.self_attn.q.weight.dtype
     runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
-    for stream, rows, words in zip(*(torch.split(x, 1) for x in (hidden, modulation, text)), strict=True):
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows.unbind(2)
-
-        layers = _expanded(block.self_attn)
+    layers = _expanded(block.self_attn)
+    for stream, rows in zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True):
+        shift, scale, gate = rows[:, :, :3].unbind(2)
         q, k, v = (_empty_heads(stream, num_heads, dtype) for _ in range(3))
         for run in runs:
             at = run.tokens
-            x = _modulated_norm(stream[:, at], scale_attn, shift_attn, run, eps=eps, dtypes=(stream_dtype, dtype))
+            x = _modulated_norm(stream[:, at], scale, shift, run, eps=eps, dtypes=(stream_dtype, dtype))
             apply_rope(_heads(x, layers.q, layers.norm_q, num_heads, eps), rotations[at], out=q[:, at])
             apply_rope(_heads(x, layers.k, layers.norm_k, num_heads, eps), rotations[at], out=k[:, at])
             v[:, at] = _split_heads(linear(x, layers.v), num_heads)
         for run in runs:
             x = linear(attention(q[:, run.tokens], k, v), layers.o)
-            _add(stream, x, gate_attn, run)
-        del layers, q, k, v  # of no use to the next step, and large
+            _add(stream, x, gate, run)
 
-        layers = _expanded(block.cross_attn)
-        k = _heads(words, layers.k, layers.norm_k, num_heads, eps).to(dtype)
-        v = _split_heads(linear(words, layers.v), num_heads)
-        for run in runs:
-            x = layer_norm(stream[:, run.tokens], block.norm3_weight, block.norm3_bias, eps=eps, out_dtype=dtype)
-            q = _heads(x, layers.q, layers.norm_q, num_heads, eps).to(dtype)
-            stream[:, run.tokens] += linear(attention(q, k, v), layers.o)
-        del layers
 
-        up, down = _plain(block.ffn_up), _plain(block.ffn_down)
-        for run in runs:
-            x, first = stream[:, run.tokens], run.first_tokens
-            x = layer_norm_modulate(x, scale_ffn, shift_ffn, eps=eps, first_tokens=first, out_dtype=dtype)
-            x = linear(F.gelu(linear(x, up), approximate="tanh"), down)
-            _add(stream, x, gate_ffn, run)
-    return hidden
+def text_key_values(text: Text, weights: AttentionWeights, *, num_heads: int, eps: float) -> KeyValues:
+    """Project a text to what the tokens of a video attend to in one block.
+
+    Args:
+        text: embedded, on the weights' device.
+        weights: of the block's cross-attention.
+        num_heads: attention heads.
+        eps: added to the variance in the norm of the keys.
+    """
+    k = _heads(text.rows, weights.k, weights.norm_k, num_heads, eps).to(weights.k.weight.dtype)
+    return KeyValues(k, _split_heads(linear(text.rows, weights.v), num_heads), text.last_count)
 
 
 def _modulated_norm(

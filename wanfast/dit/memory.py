@@ -6,6 +6,7 @@ Where a kernel's torch reference widens to fp32 and the GPU's kernel does not, t
 import math
 
 from wanfast.config import DiTConfig
+from wanfast.dit.text import KEPT_BYTES
 
 _FP32, _COMPLEX64 = 4, 8
 
@@ -57,3 +58,8 @@ def dit_activations(
         "rotations": num_tokens * config.head_dim // 2 * _COMPLEX64,
         "text and timestep": num_contexts * config.text_len * dim * itemsize + timestep_rows * 13 * dim * _FP32,
     }
+
+
+def kept_text_bytes(config: DiTConfig, *, num_contexts: int, itemsize: int) -> int:
+    """Bytes of keys and values that are kept from step to step, for prompts of full length."""
+    return min(KEPT_BYTES, num_contexts * config.num_layers * 2 * config.text_len * config.dim * itemsize)

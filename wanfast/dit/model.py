@@ -5,6 +5,8 @@ Source: Wan-Video/Wan2.2, wan/modules/model.py, WanModel.forward.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from wanfast.config import DiTConfig
-from wanfast.dit.block import CHUNK_TOKENS, Run, dit_block, token_runs
+from wanfast.dit.block import CHUNK_TOKENS, Run, dit_block, self_attention, text_key_values, token_runs
+from wanfast.dit.text import TextMemory
 from wanfast.dit.weights import BlockWeights, OuterWeights
 from wanfast.errors import RequestError
 from wanfast.kernels import layer_norm_modulate
@@ -20,6 +23,15 @@ from wanfast.linear import linear
 from wanfast.rope import rope_rotations
 
 MAX_PERIOD = 10_000.0
+
+
+class _Sizes(TypedDict):
+    """What every block is told alike."""
+
+    num_heads: int
+    eps: float
+    first_tokens: int
+    chunk_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,7 @@ def predict_velocities(
     *,
     condition: Tensor | None = None,
     first_frame_timestep: float | None = None,
+    text_memory: TextMemory | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[Tensor]:
     """Predict the velocity of the latents under each context, in one pass over the blocks.
@@ -53,6 +66,7 @@ def predict_velocities(
         config: sizes of the DiT.
         condition: [B, in_channels - C, F, H, W], set behind the latents' channels (image to video).
         first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
+        text_memory: of these blocks, from the step before: what is made of a context is then made once.
         chunk_tokens: tokens computed at a time, where tokens do not see one another.
 
     Returns:
@@ -67,29 +81,31 @@ def predict_velocities(
     time = embed_timesteps(first_frame_timestep, timestep, outer, config)
     first_tokens = 0 if first_frame_timestep is None else grid[1] * grid[2]
     rotations = rope_rotations(grid, config.head_dim).to(device)
-    texts = [embed_text(context, outer, config) for context in contexts]
+    memory = TextMemory(limit=0) if text_memory is None else text_memory
+    texts = memory.texts(contexts, outer, config)
 
     embedded = embed_latents(latents, condition, outer, config)
-    streams = [embedded.to(torch.float32, copy=True) for _ in texts]
+    streams = [embedded.to(torch.float32, copy=True)]
     stream_dtype = embedded.dtype
     del embedded
     num_blocks = 0
-    for block in blocks:
+    sizes: _Sizes = {
+        "num_heads": config.num_heads,
+        "eps": config.eps,
+        "first_tokens": first_tokens,
+        "chunk_tokens": chunk_tokens,
+    }
+    for index, block in enumerate(blocks):
         num_blocks += 1
         modulation = (block.modulation + time.projection).expand(batch, -1, -1, -1)
-        for hidden, text in zip(streams, texts, strict=True):
-            dit_block(
-                hidden,
-                block,
-                modulation,
-                text,
-                rotations,
-                num_heads=config.num_heads,
-                eps=config.eps,
-                first_tokens=first_tokens,
-                stream_dtype=stream_dtype if num_blocks == 1 else torch.float32,
-                chunk_tokens=chunk_tokens,
-            )
+        if index == 0:  # up to here the streams do not differ: the text enters after self-attention
+            self_attention(streams[0], block, modulation, rotations, stream_dtype=stream_dtype, **sizes)
+            streams += [streams[0].clone() for _ in texts[1:]]
+        for number, (hidden, text) in enumerate(zip(streams, texts, strict=True)):
+            weights = block.cross_attn
+            made = partial(text_key_values, text, weights, num_heads=config.num_heads, eps=config.eps)
+            key_values = memory.key_values(number, index, made)
+            dit_block(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
     if num_blocks != config.num_layers:
         raise RequestError(f"blocks: must be all {config.num_layers} blocks of the model, got {num_blocks}")
     runs = list(token_runs(rotations.shape[0], chunk_tokens, first_tokens))
@@ -137,12 +153,6 @@ def embed_timesteps(
     embedding = linear(F.silu(linear(waves, outer.time_in)), outer.time_out)
     projection = linear(F.silu(embedding), outer.time_projection)
     return TimeEmbedding(embedding, projection.view(-1, 6, config.dim))
-
-
-def embed_text(context: Tensor, outer: OuterWeights, config: DiTConfig) -> Tensor:
-    """Pad a context [B, n, text_dim] with zero rows to text_len and project it: [B, text_len, C], weights' dtype."""
-    padded = F.pad(context, (0, 0, 0, config.text_len - context.shape[1]))
-    return linear(F.gelu(linear(padded, outer.text_in), approximate="tanh"), outer.text_out)
 
 
 def embed_latents(latents: Tensor, condition: Tensor | None, outer: OuterWeights, config: DiTConfig) -> Tensor:
