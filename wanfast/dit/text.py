@@ -8,7 +8,6 @@ Source: Wan-Video/Wan2.2, wan/modules/model.py, WanModel.forward and WanCrossAtt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
