@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # Triton has no build for macOS: the references ser
         return _leave_uncompiled if kernel is None else kernel
 
     triton = SimpleNamespace(jit=_leave_uncompiled)
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=lambda value: value)
     HAS_TRITON = False
 else:
     HAS_TRITON = True

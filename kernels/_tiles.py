@@ -1,7 +1,7 @@
 """Launch parameters of the kernels. Nothing here may change a result beyond the order of a sum.
 
 The tables follow from the register file and from 16-byte loads; they have not been tuned on a GPU.
-`tests/data/machine_code.json` holds the registers and instructions that each tile compiles to.
+`tests/data/machine_code/rows.json` holds the registers and instructions that each tile compiles to.
 """
 
 from dataclasses import dataclass

@@ -56,8 +56,22 @@ def dequantize_gguf(blocks: Tensor, kind: str, *, in_features: int, dtype: torch
     Raises:
         ValueError: a kind, shape or dtype is not as above.
     """
-    require(kind in FORMATS, f"kind: must be one of {', '.join(FORMATS)}", kind)
     require(dtype in COMPUTE_DTYPES, "dtype: must be float32, bfloat16 or float16", dtype)
+    blocks = check_blocks(blocks, kind, in_features)
+    run = dequantize_gguf_triton if runs_triton(blocks) and FORMATS[kind].elements > 1 else dequantize_gguf_reference
+    return run(blocks, kind, in_features=in_features, dtype=dtype)
+
+
+def check_blocks(blocks: Tensor, kind: str, in_features: int) -> Tensor:
+    """Refuse what are no rows of blocks.
+
+    Returns:
+        The blocks, contiguous and where numbers of up to 4 bytes can be read; a copy if they were not.
+
+    Raises:
+        ValueError: a kind, shape or dtype is not as `dequantize_gguf` describes it.
+    """
+    require(kind in FORMATS, f"kind: must be one of {', '.join(FORMATS)}", kind)
     require(blocks.dtype == torch.uint8 and blocks.dim() == 2, "blocks: must be [out, bytes] uint8", _described(blocks))
     form = FORMATS[kind]
     whole = in_features > 0 and in_features % form.elements == 0
@@ -66,9 +80,7 @@ def dequantize_gguf(blocks: Tensor, kind: str, *, in_features: int, dtype: torch
     fits = blocks.shape[1] == row_bytes
     require(fits, f"blocks: must have {row_bytes} bytes per row for {in_features} elements of {kind}", blocks.shape[1])
     aligned = blocks.is_contiguous() and blocks.data_ptr() % 4 == 0  # blocks are also read as fp16, F32 as fp32
-    blocks = blocks if aligned else blocks.clone(memory_format=torch.contiguous_format)
-    run = dequantize_gguf_triton if runs_triton(blocks) and form.elements > 1 else dequantize_gguf_reference
-    return run(blocks, kind, in_features=in_features, dtype=dtype)
+    return blocks if aligned else blocks.clone(memory_format=torch.contiguous_format)
 
 
 def _described(blocks: Tensor) -> str:

@@ -62,10 +62,64 @@ LIMITS: Mapping[str, Mapping[torch.dtype, Roundoff | Relative]] = {
         torch.float16: ONE_ROUNDING,
         torch.bfloat16: ONE_ROUNDING,
     },
+    # RMS norm as above, then a rotation: two products and a sum, rounded once more on the store.
+    "rms_norm_rope": {
+        torch.float32: Roundoff(worst=12, rms=4),
+        torch.float16: Roundoff(worst=3.5, rms=0.8),
+        torch.bfloat16: Roundoff(worst=3.5, rms=0.8),
+    },
+    # In fp32: a length, two products, an exponential of the result, which multiplies what that has lost, and a quotient.
+    "rms_norm_silu": {
+        torch.float32: Roundoff(worst=16, rms=3),
+        torch.float16: ONE_ROUNDING,
+        torch.bfloat16: ONE_ROUNDING,
+    },
+    # fp32: sums of up to ten products, three deep, whose terms are several times the result's RMS.
+    "guided_update": {torch.float32: Roundoff(worst=16, rms=3)},
+    # 8-bit linears against float64 of the same 8-bit numbers. int8 is summed exactly, so fp32 rounds in the scales, the
+    # bias and, with a scale per 128 channels, up to 108 partial sums.
+    "linear_int8": {
+        torch.float32: Roundoff(worst=24, rms=4),
+        torch.float16: ONE_ROUNDING,
+        torch.bfloat16: ONE_ROUNDING,
+    },
+    # e4m3 sums of 128 products are rounded to fp16, whose u is 8,192 of fp32's: by at most 1 u of the largest partial
+    # sum, several times the result's RMS, and by 0.3 u on average; on hardware four times in a row.
+    "linear_e4m3": {
+        torch.float32: Roundoff(worst=8 * 8192, rms=8192),
+        torch.float16: Roundoff(worst=8, rms=1),
+        torch.bfloat16: Roundoff(worst=2.25, rms=0.5),
+    },
+    # p is rounded before it meets v, then the result: two roundings; but where values cancel, a sum of p v is small
+    # beside its terms, whose roundings it keeps. Worst seen 3.3 u, also of torch's own. fp32 and fp64: torch alone, and
+    # no rounding but of sums: of the 128 products of a score, which the exponential passes on; 36 u were seen.
+    "attention": {
+        torch.float16: Roundoff(worst=4, rms=0.6),
+        torch.bfloat16: Roundoff(worst=4, rms=0.6),
+        torch.float32: Roundoff(worst=64, rms=8),
+        torch.float64: Roundoff(worst=64, rms=8),
+    },
+    # Of scores that are themselves sums of 64 or 128 fp32 products, times the scale.
+    "log_sum_exp": {torch.float32: Roundoff(worst=12, rms=3)},
+    # Sums of 64 or 128 values in fp32; the interpreter adds them one after the other: 11 u were seen.
+    "pool_blocks": {torch.float32: Roundoff(worst=24, rms=4)},
+    # 8-bit attention against a reference that rounds as it does: where exp2 or a sum differs in its last bit, a weight is
+    # rounded the other way now and then (e4m3: by a sixteenth of itself), and fp16 sums end in another bit.
+    "attention_int8": _model(2e-3),
+    # The same, rounded to int8 by its largest of 128 channels: half a step of 1 / 127, and bf16's rounding of the other.
+    "attention_int8_output": _model(0.5 / 127 + 2.0**-8),
+    # Numbers of 32 channels are summed exactly, then scaled in fp32: up to 160 partial sums, each less its minimum.
+    "linear_stored": {
+        torch.float32: Roundoff(worst=80, rms=16),
+        torch.float16: ONE_ROUNDING,
+        torch.bfloat16: ONE_ROUNDING,
+    },
     # Models in fp32 against diffusers and transformers in fp32: the same sums in another order.
     "dit_fp32": _model(1e-5),
     "umt5_fp32": _model(1e-5),
     "vae_fp32": _model(1e-5),
+    # The same VAE on a strip and on the whole picture: the same sums, which torch's convolutions may order by shape.
+    "vae_strips": _model(2e-6),
     # One convolution: a sum of at most a few thousand fp32 products, in another order; 2e-6 was seen.
     "conv3d_fp32": _model(5e-6),
     # Printed with 6 to 8 digits by the official code, fp32.
