@@ -78,6 +78,17 @@ class PlayedEvent:
             self.mark[0].run_to(self.mark[1])
 
 
+class TimedEvent(PlayedEvent):
+    """Each wait takes a second; it is over when its stream has come past it."""
+
+    def query(self) -> bool:
+        assert self.mark is not None
+        return self.mark[0].done >= self.mark[1]
+
+    def elapsed_time(self, end: "TimedEvent") -> float:
+        return 1e3
+
+
 class PlayedGpu:
     """Two streams; each time something is given to it, some of what waits may be done."""
 
@@ -95,6 +106,13 @@ class PlayedGpu:
 
     def event(self) -> "LockedEvent":
         return LockedEvent(self)
+
+    def wait(self, event: PlayedEvent) -> cuda.Wait:
+        begin, end = TimedEvent(), TimedEvent()
+        begin.record(self.computes)
+        self.computes.wait_event(event)
+        end.record(self.computes)
+        return cuda.Wait(begin, end)  # type: ignore[arg-type]
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.full((num_bytes,), 0xDD, dtype=torch.uint8)
@@ -186,8 +204,24 @@ def test_each_move_of_a_pinned_block_is_one_copy(monkeypatch: pytest.MonkeyPatch
     run(gpu, 2, None, passes)
     accesses = [(expert, index) for expert in passes for index in range(5)]
     moves = len(plan_moves(accesses, 2).moves) + len(plan_moves(accesses, 2, accesses[-2:][::-1]).moves)
-    assert gpu.copied == [SLOT_BYTES - 256 + 10] * moves  # the last tensor is not padded
-    assert gpu.pinned == [SLOT_BYTES - 256 + 10] * 5
+    assert gpu.copied == [SLOT_BYTES - 256 + 15] * moves  # the last tensor, of the narrowest dtype, is not padded
+    assert gpu.pinned == [SLOT_BYTES - 256 + 15] * 5
+
+
+def test_waits_of_the_device_are_counted_once_they_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here each takes a second, and is over when its stream has come past it."""
+    gpu = play(monkeypatch, 0, 0.0)
+    residency = make_residency(num_slots=2, device="cuda", ram=None)
+    residency.begin(["high_noise"])
+    for _ in residency.blocks("high_noise"):
+        gpu.give(gpu.computes, lambda: None)
+    residency.end()
+    before = residency.traffic.stall_seconds
+    gpu.finish()
+    after = residency.traffic.stall_seconds
+    assert before <= 3 and after - before == pytest.approx(5 - int(before)) and int(after) == 5
+    residency.release()
+    assert residency.traffic.stall_seconds == after
 
 
 def test_the_thread_that_computes_waits_for_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,17 @@ residency.py  the class that owns all of it
 """
 
 from wanfast.residency.memory import free_memory, map_tensors, parse_bytes, to_device, weight_bytes
+from wanfast.residency.mover import Traffic
 from wanfast.residency.packing import packed_bytes
 from wanfast.residency.residency import Residency
 
-__all__ = ["Residency", "free_memory", "map_tensors", "packed_bytes", "parse_bytes", "to_device", "weight_bytes"]
+__all__ = [
+    "Residency",
+    "Traffic",
+    "free_memory",
+    "map_tensors",
+    "packed_bytes",
+    "parse_bytes",
+    "to_device",
+    "weight_bytes",
+]

@@ -8,7 +8,9 @@ Source: NVIDIA, CUDA C++ Programming Guide, "Asynchronous Concurrent Execution" 
 import mmap
 import sys
 import weakref
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,18 @@ from wanfast.residency.store import HostBlock, Pin
 
 BOUNCE_BYTES = 128 * 2**20  # of each of two buffers; systems that limit pinned memory allow half a GiB at least
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A wait of a stream, between two events that note the time."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def seconds(self) -> float | None:
+        """How long it was; None while the stream has not come past it."""
+        return self.begin.elapsed_time(self.end) / 1e3 if self.end.query() else None  # type: ignore[no-untyped-call]
 
 
 class Cuda:
@@ -34,6 +48,15 @@ class Cuda:
     def event(self) -> torch.cuda.Event:
         """Make an event; a thread that waits for it sleeps."""
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def wait(self, event: torch.cuda.Event) -> Wait:
+        """Let what is computed from here on wait for an event."""
+        stream = self.compute()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(stream)
+        stream.wait_event(event)
+        end.record(stream)
+        return Wait(begin, end)
 
     def allocate(self, num_bytes: int) -> Tensor:
         """Take uint8 [num_bytes] of the device's memory."""
@@ -60,6 +83,8 @@ class CudaSlots:
         self._bounce: list[Tensor] = []
         self._emptied = [cuda.event(), cuda.event()]  # of the bounce buffers
         self._turn = 0
+        self._waits: deque[Wait] = deque()  # that are not over, as far as is known
+        self._stalled = 0.0
 
     def fill(self, slot: int, block: HostBlock) -> None:
         """Give the copying stream one copy, or one per bounce buffer's worth; only the latter can block this thread."""
@@ -90,11 +115,19 @@ class CudaSlots:
 
     def ready(self, slot: int) -> None:
         """Let the computing stream wait for the slot's copy."""
-        self._cuda.compute().wait_event(self._ready[slot])
+        self._waits.append(self._cuda.wait(self._ready[slot]))
+        self.stalled()  # so that no more are kept than are under way
 
     def used(self, slot: int) -> None:
         """Note where the computing stream is."""
         self._used[slot].record(self._cuda.compute())
+
+    def stalled(self) -> float:
+        """Seconds that the computing stream has spent in waits that are over."""
+        while self._waits and (seconds := self._waits[0].seconds()) is not None:
+            self._stalled += seconds
+            self._waits.popleft()
+        return self._stalled
 
     def close(self) -> None:
         """Wait for copies under way and let the memory go; what its own stream still computes may go on using it."""

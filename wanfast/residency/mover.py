@@ -5,6 +5,7 @@ that frees its slot, an access for the move that brings its block.
 """
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,17 @@ class Held:
 
     key: Key
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What moved, and what it was waited for."""
+
+    copied_bytes: int = 0  # of blocks, into slots
+    stall_seconds: float = 0.0  # of the thread that computes, and of the device
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.copied_bytes + other.copied_bytes, self.stall_seconds + other.stall_seconds)
 
 
 class Mover:
@@ -49,6 +61,8 @@ class Mover:
         self._moved = 0
         self._error: BaseException | None = None
         self._is_stopped = False
+        self.copied_bytes = 0
+        self.waited_seconds = 0.0  # by the thread that computes
         self._needed = _needed_moves(schedule)
         self._is_copied_again = _copied_again(schedule)
         work = [self._work, self._load_ahead] if loads_ahead else [self._work]
@@ -70,8 +84,10 @@ class Mover:
             RuntimeError: the mover was stopped meanwhile.
         """
         needed, slot = self._needed[self._over], self.schedule.slots[self._over]
+        began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._moved >= needed or self._error is not None or self._is_stopped)
+            self.waited_seconds += time.perf_counter() - began
             if self._error is not None:
                 raise self._error
             held = self._held[slot]
@@ -116,6 +132,7 @@ class Mover:
                 with self._changed:
                     self._held[move.slot] = Held(move.key, block.layout)
                     self._moved += 1
+                    self.copied_bytes += block.layout.num_bytes
                     self._changed.notify_all()
         except BaseException as error:  # raised again where the block is needed
             with self._changed:

@@ -45,7 +45,8 @@ def lay_out(block: object) -> tuple[Layout, list[Part]]:
     """Place the tensors of a block in one run of bytes.
 
     Tensors that lie together in memory, as those of a packed file do, keep their order and distances: what is next to
-    each other stays so. Others follow each other as the block names them.
+    each other stays so. Others follow each other as the block names them, wider dtypes first: matrices of one dtype
+    that share an input are then next to each other too.
 
     Args:
         block: (nested) dataclass of tensors on the CPU.
@@ -54,7 +55,8 @@ def lay_out(block: object) -> tuple[Layout, list[Part]]:
         The layout, and the tensors by offset.
     """
     # Views of bytes, so that a tensor of any dtype, or of strange strides, is copied like any other.
-    data = {name: tensor.detach().contiguous().reshape(-1).view(torch.uint8) for name, tensor in named_tensors(block)}
+    widest_first = sorted(named_tensors(block), key=lambda item: -item[1].dtype.itemsize)
+    data = {name: tensor.detach().contiguous().reshape(-1).view(torch.uint8) for name, tensor in widest_first}
     offsets = _kept_offsets(data) or _following_offsets(data)
 
     parts: list[Part] = []

@@ -9,7 +9,7 @@ import torch
 from wanfast.residency.cuda import Cuda, CudaPin, CudaSlots
 from wanfast.residency.mappings import MappedFiles
 from wanfast.residency.memory import free_memory, named_tensors
-from wanfast.residency.mover import Held, Mover
+from wanfast.residency.mover import Held, Mover, Traffic
 from wanfast.residency.moves import Key, plan_moves
 from wanfast.residency.slots import HostSlots, Slots
 from wanfast.residency.store import HostStore, Pin
@@ -60,6 +60,7 @@ class Residency(Generic[Block]):
         self._slots: Slots | None = None
         self._held: list[Held | None] = []
         self._mover: Mover | None = None
+        self._moved = Traffic()  # by movers that were stopped, into slots that are gone
         self._pass = 0  # counts passes, so that one that was left behind is known
         self._in_place: dict[Key, Block] = {}
         self._room = 0
@@ -77,6 +78,7 @@ class Residency(Generic[Block]):
         self._pass += 1
         if self._mover is not None:
             self._mover.stop()
+            self._moved += Traffic(self._mover.copied_bytes, self._mover.waited_seconds)
             self._movers.clear()
             self._mover = None
 
@@ -111,11 +113,22 @@ class Residency(Generic[Block]):
                 mover.end_access()  # its kernels are queued, whatever became of them
                 self.end()
 
+    @property
+    def traffic(self) -> Traffic:
+        """What was copied and waited for so far; of waits on a GPU those that are over."""
+        moved = self._moved
+        if self._slots is not None:
+            moved += Traffic(0, self._slots.stalled())
+        if self._mover is not None:
+            moved += Traffic(self._mover.copied_bytes, self._mover.waited_seconds)
+        return moved
+
     def clear_device(self) -> None:
         """Let the device's memory go, for whatever comes next; what is in host memory stays."""
         self.end()
         if self._slots is not None:
             self._slots.close()
+            self._moved += Traffic(0, self._slots.stalled())
         self._slots, self._held = None, []
         self._in_place.clear()
 

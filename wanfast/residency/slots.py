@@ -25,6 +25,9 @@ class Slots(Protocol):
     def used(self, slot: int) -> None:
         """Note that what was computed up to here is the last to use the slot."""
 
+    def stalled(self) -> float:
+        """Seconds for which the device has waited for copies, so far."""
+
     def close(self) -> None:
         """Wait for copies under way and let the memory go."""
 
@@ -46,6 +49,10 @@ class HostSlots:
 
     def used(self, slot: int) -> None:
         """Do nothing: what was computed is done."""
+
+    def stalled(self) -> float:
+        """Give 0: who computes on a CPU waits for the thread that copies, which the mover counts."""
+        return 0.0
 
     def close(self) -> None:
         """Let the memory go."""

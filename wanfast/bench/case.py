@@ -1,0 +1,118 @@
+"""What a benchmark runs: one request, the weights, the tiers; settled before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+from PIL import Image
+
+from wanfast.bench.random_model import random_model
+from wanfast.checkpoint.lookup import Sources
+from wanfast.config import ModelConfig
+from wanfast.errors import RequestError
+from wanfast.loaded import LoadedModel
+from wanfast.pipeline import open_loaded
+from wanfast.plan import Plan, Precision, make_plan
+from wanfast.presets import PRESETS, apply_preset
+from wanfast.request import Request
+
+Weights = Literal["checkpoint", "wan-tiny", "tiny random", "random"]
+ReferencePrecision = Literal["fp32", "bf16"]
+Placement = Literal["resident", "model", "group"]
+
+_SAMPLING = ("num_inference_steps", "solver", "shift", "guidance", "guidance_high", "guidance_low")
+PLACEMENTS: Mapping[Placement, str] = {
+    "resident": "all weights on the device throughout",
+    "model": "diffusers' enable_model_cpu_offload: one part of the model on the device at a time",
+    "group": "diffusers' group offloading of the transformers, one block ahead on a stream; the rest as by model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One way for wanfast to run the case."""
+
+    name: str
+    precision: Precision
+    preset: str | None = None  # whose steps, solver, shift and guidance stand in place of the case's own
+
+    def apply(self, request: Request) -> Request:
+        """Give the request as this tier runs it."""
+        if self.preset is None:
+            return request
+        opened: dict[str, Any] = {name: None for name in _SAMPLING}  # a preset fills in what is open
+        return apply_preset(replace(request, **opened), self.preset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Everything that two engines need to know in order to do the same."""
+
+    weights: Weights
+    sources: Sources  # empty where the weights are random or wan-tiny's
+    config: ModelConfig
+    request: Request  # complete, with its seed
+    picture: Image.Image | None  # of the video's own size, so that no engine resizes it
+    tiers: tuple[Tier, ...]
+    reference_precision: ReferencePrecision
+    placement: Placement  # of the reference's weights, where there is a GPU
+    device: str
+    vram: int | None  # bytes; None is what is free
+    ram: int | None
+    runs: int
+    warmup: int
+    threads: int
+
+    @property
+    def is_speed_only(self) -> bool:
+        """Whether the weights make no picture that a difference could be told of."""
+        return self.weights == "random"
+
+
+def parse_tiers(text: str | None, device: torch.device) -> tuple[Tier, ...]:
+    """Read tiers such as "exact,fp32", "lightning4" or "exact+lightning4".
+
+    Args:
+        text: names of precisions and presets; None is the precision of the reference.
+        device: whose precision a preset alone has.
+
+    Raises:
+        RequestError: one of them is neither, or is named twice.
+    """
+    usual: Precision = "exact" if device.type == "cuda" else "fp32"
+    if text is None:
+        return (Tier(usual, usual),)
+    tiers = tuple(_tier(name.strip(), usual) for name in text.split(","))
+    names = [tier.name for tier in tiers]
+    if len(set(names)) < len(names):
+        raise RequestError(f"tiers: must name each tier once, got {text!r}")
+    return tiers
+
+
+def _tier(name: str, usual: Precision) -> Tier:
+    first, plus, second = name.partition("+")
+    precision, preset = (first, second) if plus else (usual, first) if first in PRESETS else (first, None)
+    if precision not in get_args(Precision) or (preset is not None and preset not in PRESETS):
+        raise RequestError(
+            f"tiers: each must be a precision ({', '.join(get_args(Precision))}), a preset ({', '.join(PRESETS)}), or"
+            f" both as PRECISION+PRESET, got {name!r}"
+        )
+    return Tier(name, cast(Precision, precision), preset)
+
+
+def plan_of(case: Case, tier: Tier | None = None) -> Plan:
+    """Settle the case as a tier runs it, or as the reference does where there is none."""
+    if tier is None:
+        precision: Precision = "fp32" if case.reference_precision == "fp32" else "exact"
+        return make_plan(case.config, case.request, precision=precision, device=case.device)
+    return make_plan(case.config, tier.apply(case.request), precision=tier.precision, device=case.device)
+
+
+def open_case(case: Case, precision: Precision) -> LoadedModel:
+    """Open the case's weights; nothing is read yet, and nothing random drawn."""
+    if case.weights in ("checkpoint", "wan-tiny"):
+        return open_loaded(case.sources, precision=precision, vram=case.vram, device=case.device, ram=case.ram)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = random_model(case.config, dtype, is_shared=case.weights == "random")
+    return LoadedModel(model, precision=precision, device=torch.device(case.device), vram=case.vram, ram=case.ram)
