@@ -5,7 +5,10 @@ BIN    := $(VENV)/bin
 # Where no NVIDIA driver is found the pinned CPU build of torch is enough; constraints.txt keeps every version the same.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint types bench clean
+# Other versions of Triton that the 8-bit kernels are held to, each in a folder of its own; about 1.7 GB.
+OTHER_TRITON := 3.6.0 3.9.0
+
+.PHONY: demo test check lint types bench triton-versions clean
 
 demo: $(VENV)/.user
 	@$(BIN)/wanfast generate "a red circle moves left" --seed 0 --output demo.mp4 --overwrite
@@ -30,6 +33,13 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/pytest benchmarks
 
+triton-versions: $(OTHER_TRITON:%=.triton/%)
+
+.triton/%: | $(VENV)/bin/python
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	mv $@.part $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -42,4 +52,4 @@ $(VENV)/.dev: setup.py pyproject.toml constraints.txt $(wildcard csrc/*) | $(VEN
 	@touch $@ $(VENV)/.user
 
 clean:
-	rm -rf $(VENV) .typecheck build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton .typecheck build *.egg-info .pytest_cache .mypy_cache .ruff_cache
