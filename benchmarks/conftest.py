@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ torch.set_num_threads(os.cpu_count() or 1)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    import diffusers
-    import transformers
-    import triton
-
     machine_info.pop("node", None)
     machine_info |= {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        **{name: _version(name) for name in ("torch", "triton", "diffusers", "transformers")},
     }
+
+
+def _version(name: str) -> str | None:
+    """Of a distribution; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

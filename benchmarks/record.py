@@ -25,8 +25,9 @@ def record(run: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     commit = run["commit_info"]["id"][:12] + ("+" if run["commit_info"].get("dirty") else "")
     entries = {entry["name"]: entry for entry in results.get("benchmarks", [])}
     for benchmark in run["benchmarks"]:
-        seconds = {key: benchmark["stats"][key] for key in _SECONDS}
-        rounded = {key: value if key == "rounds" else float(f"{value:.4g}") for key, value in seconds.items()}
+        calls = benchmark["extra_info"].pop("calls_per_round", 1)
+        seconds = {key: benchmark["stats"][key] / (1 if key == "rounds" else calls) for key in _SECONDS}
+        rounded = {key: int(value) if key == "rounds" else float(f"{value:.4g}") for key, value in seconds.items()}
         entries[benchmark["name"]] = {
             "name": benchmark["name"],
             "file": benchmark["fullname"].split("::")[0],

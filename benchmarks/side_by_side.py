@@ -4,7 +4,6 @@ Alternating means that a slow spell of the machine meets both alike. Memory is w
 to a fresh process after its imports.
 """
 
-import ctypes
 import statistics
 import subprocess
 import sys
@@ -14,13 +13,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from wanfast.bench.measure import Meter, status_bytes
 
 Operation = Callable[[], Any]
 
 # Imported before memory is measured: what an import costs is not a model's memory.
 MODULES = {
     "wanfast": ["wanfast.pipeline"],
+    "whole": ["wanfast.pipeline"],
     "diffusers": ["diffusers.pipelines.wan.pipeline_wan", "diffusers.models.autoencoders.autoencoder_kl_wan"],
     "transformers": ["transformers.models.umt5.modeling_umt5"],
     "library": ["safetensors.torch", "gguf"],
@@ -67,19 +70,15 @@ def print_peak(engine: str, load: Callable[[], Operation]) -> None:
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     for module in MODULES[engine]:
         import_module(module)
-    imported = _status_kilobytes("VmRSS")
-    operation = load()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    imported = status_bytes("VmRSS")
+    operation, meter = load(), Meter(torch.device("cpu"))
+    meter.start()  # forgets the peak of loading
     operation()
-    print((_status_kilobytes("VmHWM") - imported) / 1e3)
+    peak = meter.stop().ram
+    assert imported is not None and peak is not None, "no /proc to read"
+    print((peak - imported) / 1.024e6)  # thousands of the kibibytes that the system tells
 
 
 def _child_peak(script: str, *arguments: str) -> float:
     done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
-
-
-def _status_kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))

@@ -1,5 +1,6 @@
 """docs/benchmarks.md says what benchmarks/results/*.json say, and nothing else."""
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ RUN: dict[str, Any] = {
         }
     ],
 }
+
+
+def test_seconds_are_of_one_call(tools: tuple[Any, Any]) -> None:
+    record, _ = tools
+    run = copy.deepcopy(RUN)
+    run["benchmarks"][0]["extra_info"]["calls_per_round"] = 10
+    entry = record.record(run, {})["benchmarks"][0]
+    assert entry["seconds"] == {"median": 0.01235, "min": 0.01, "max": 0.02, "iqr": 0.0, "rounds": 5}
+    assert "calls_per_round" not in entry["extra_info"]
 
 
 def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tools: tuple[Any, Any]) -> None:
