@@ -17,7 +17,8 @@ import torch
 from clips import SETTINGS, noise, psnr, smooth
 
 from wanfast.errors import MediaError, RequestError
-from wanfast.video import Video, probe_video, read_settings, read_video, to_uint8, write_video
+from wanfast.pixels import to_uint8
+from wanfast.video import Video, probe_video, read_settings, read_video, write_video
 
 
 def boxes(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ there at the end.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -17,26 +16,17 @@ from typing import Any, TypeAlias
 
 import av
 import numpy as np
-import numpy.typing as npt
 import torch
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from wanfast.errors import MediaError, RequestError
 from wanfast.locks import place_file
+from wanfast.mp4 import BT709, Mp4Encoder, Pixels
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 PathLike: TypeAlias = str | os.PathLike[str]
-
-# CRF 10 is what the reference's writer uses (imageio, quality 8); "veryfast" takes a third of the default preset's CPU
-# time and measured within 0.1 dB of it. x264's macroblock tree gives other bytes from run to run on CPUs with AVX-512,
-# so it is off. The number of threads changes the output too, so it is fixed: the same frames give the same bytes on any
-# number of cores.
-_X264 = {"preset": "veryfast", "crf": "10", "x264-params": "mbtree=0"}
-_X264_THREADS = 8
-_BT709 = 1  # this colour space, these primaries and this transfer curve are all number 1 in ITU-T H.273
 
 _MAX_SETTINGS_BYTES = 1 << 20
 _PROBE_BYTES = 1 << 20  # what `check_writable` writes to see that the disk is not full
@@ -70,29 +60,6 @@ class Video:
         return write_video(target, (self.frames,), fps=self.fps, settings=self.settings)
 
 
-def to_uint8(frames: Tensor) -> Tensor:
-    """Turn decoded frames into pixels: clamp to [-1, 1], scale to [0, 255], drop the fraction as the reference does.
-
-    Args:
-        frames: [1, 3, F, H, W], any float dtype and device.
-
-    Returns:
-        uint8 [F, H, W, 3], RGB, contiguous, CPU.
-
-    Raises:
-        ValueError: frames have another shape.
-        RequestError: a value is NaN or infinite; it would become a black or white pixel without a word.
-
-    Source: Wan-Video/Wan2.2, wan/utils/utils.py, save_video.
-    """
-    if frames.ndim != 5 or frames.shape[:2] != (1, 3):
-        raise ValueError(f"frames: must be [1, 3, frames, height, width], got {list(frames.shape)}")
-    if not frames.isfinite().all():
-        raise RequestError("frames: must be finite, got NaN or infinity from the decoder; precision fp32 may work")
-    pixels = frames[0].float().clamp(-1, 1).add(1).div(2).mul(255).to(torch.uint8)
-    return pixels.permute(1, 2, 3, 0).contiguous().cpu()
-
-
 def check_writable(path: PathLike) -> None:
     """Refuse now what `write_video` would refuse after minutes of computing; leaves nothing behind.
 
@@ -117,7 +84,7 @@ def write_video(
     settings: Mapping[str, Any],
     overwrite: bool = True,
 ) -> Path:
-    """Encode frames to an H.264 mp4 as they arrive, and embed the settings.
+    """Encode frames to an H.264 mp4 in a thread of its own as they arrive, and embed the settings.
 
     The colours are converted to limited-range BT.709 and tagged so; the index stands first, so that playing can start
     before the whole file is there. The settings are one JSON object under the `comment` tag. The same frames and
@@ -127,7 +94,7 @@ def write_video(
     Args:
         path: ends in .mp4; a link is followed.
         chunks: uint8 [F, H, W, 3] each, RGB, any F, even H and W the same for all; tensors on any device, or arrays.
-            Each is encoded before the next is asked for.
+            Not to be written to any more: while one is encoded the next is asked for, and with two waiting, none is.
         fps: frames per second, >= 1.
         settings: JSON values under string keys, up to 1 MiB as text.
         overwrite: whether a file that stands there at the end is replaced; else the clip gets a number behind its name.
@@ -148,7 +115,7 @@ def write_video(
     target = _target_of(path)
     part = _part_of(target)
     try:
-        _encode(path, part, _each_frame(chunks), fps, comment)
+        _encode(path, part, _each_chunk(chunks), fps, comment)
         with _writing(path):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
@@ -206,8 +173,8 @@ def _writing(path: PathLike) -> Iterator[None]:
         raise MediaError(f"{path}: cannot be written ({reason}); choose a writable folder with free space") from error
 
 
-def _each_frame(chunks: Iterable[Tensor | Pixels]) -> Iterator[Pixels]:
-    """Yield frames [H, W, 3] one by one, all of one size."""
+def _each_chunk(chunks: Iterable[Tensor | Pixels]) -> Iterator[Pixels]:
+    """Yield what holds frames, all of one size."""
     size: tuple[int, ...] | None = None
     for chunk in chunks:
         array = chunk.cpu().numpy() if isinstance(chunk, Tensor) else chunk
@@ -216,62 +183,29 @@ def _each_frame(chunks: Iterable[Tensor | Pixels]) -> Iterator[Pixels]:
         if size is not None and array.shape[1:] != size:
             raise ValueError(f"chunks: must all have frames of shape {size}, got {array.shape[1:]}")
         size = array.shape[1:]
-        yield from array
+        if len(array):
+            yield array
 
 
-def _encode(path: PathLike, part: Path, frames: Iterator[Pixels], fps: int, comment: str) -> None:
-    """Encode into `part`; errors name `path`, and those of `frames` itself pass as they are."""
-    first = next(frames, None)
+def _encode(path: PathLike, part: Path, chunks: Iterator[Pixels], fps: int, comment: str) -> None:
+    """Encode into `part`; errors name `path`, and those of `chunks` itself pass as they are."""
+    first = next(chunks, None)
     if first is None:
         raise ValueError("chunks: must hold at least one frame, got none")
-    options = {
-        "movflags": "+faststart",
-        "movie_timescale": str(1000 * fps),
-    }  # in milliseconds the length would be rounded
+    height, width = first.shape[1:3]
     with contextlib.ExitStack() as stack:
         with _writing(path):
-            container = av.open(str(part), "w", format="mp4", options=options)
-        stack.callback(_abandon, container)
-        stream = _add_stream(container, height=first.shape[0], width=first.shape[1], fps=fps)
-        container.metadata["comment"] = comment
-        for index, frame in enumerate(itertools.chain((first,), frames)):
+            encoder = Mp4Encoder(part, height=height, width=width, fps=fps, comment=comment)
+        stack.callback(encoder.abandon)
+        chunk: Pixels | None = first
+        del first  # the encoder has it, for as long as it needs it
+        while chunk is not None:
             with _writing(path):
-                container.mux(stream.encode(_to_yuv(frame, index)))
+                encoder.put(chunk)
+            del chunk
+            chunk = next(chunks, None)
         with _writing(path):
-            container.mux(stream.encode(None))
-            container.close()
-
-
-def _abandon(container: OutputContainer) -> None:
-    """Close quietly, after success for the second time: a container left open would write on when it is collected."""
-    with contextlib.suppress(Exception):
-        container.close()
-
-
-def _add_stream(container: OutputContainer, *, height: int, width: int, fps: int) -> VideoStream:
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels < 2 or pixels % 2:
-            nearest = max(2, pixels - 1)
-            raise RequestError(f"{name}: must be even for an mp4 (yuv420p), got {pixels}; nearest: {nearest}")
-    stream = container.add_stream("libx264", rate=fps, options=dict(_X264))
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    codec = stream.codec_context
-    codec.thread_type, codec.thread_count = "FRAME", _X264_THREADS  # PyAV's default, slices, costs quality
-    codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
-    codec.color_range = ColorRange.MPEG
-    return stream
-
-
-def _to_yuv(frame: Pixels, index: int) -> av.VideoFrame:
-    yuv = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU709,  # the default is BT.601, whatever the tags say
-        src_color_range=ColorRange.JPEG,
-        dst_color_range=ColorRange.MPEG,
-        interpolation="BICUBIC",
-    )
-    yuv.pts = index
-    return yuv
+            encoder.finish()
 
 
 def _to_comment(settings: Mapping[str, Any]) -> str:
@@ -377,7 +311,7 @@ def read_video(path: PathLike) -> Tensor:
 def _to_rgb(frame: av.VideoFrame) -> Pixels:
     rgb = frame.reformat(
         format="rgb24",
-        src_colorspace=Colorspace.ITU709 if frame.colorspace == _BT709 else Colorspace.ITU601,
+        src_colorspace=Colorspace.ITU709 if frame.colorspace == BT709 else Colorspace.ITU601,
         src_color_range=ColorRange.JPEG if frame.color_range == ColorRange.JPEG else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         interpolation="BICUBIC",

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from wanfast import kernels
+from wanfast.kernels.rms_norm_silu import pixel_strides
 from wanfast.vae.conv import causal_conv3d
 from wanfast.vae.weights import (
     AttentionWeights,
@@ -86,6 +88,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, overwrite: bool = False) -> Tensor:
 
 def norm_silu(x: Tensor, weight: Tensor, *, overwrite: bool = False) -> Tensor:
     """Apply `rms_norm`, then SiLU, with no memory besides the result's."""
+    if x.is_cuda and pixel_strides(x) is not None:  # on a CPU torch's chain is as fast, and faster in 16 bits
+        return kernels.rms_norm_silu(x, weight, overwrite=overwrite)
     return F.silu(rms_norm(x, weight, overwrite=overwrite), inplace=True)
 
 

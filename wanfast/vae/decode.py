@@ -1,5 +1,7 @@
 """Decodes latents into frames, one latent frame at a time: the first gives one frame, each later one four.
 
+Where memory is short, one strip of the picture after the other is decoded like that (`tiles.py`).
+
 Source: Wan-Video/Wan2.2, wan/modules/vae2_1.py and vae2_2.py.
 """
 
@@ -21,6 +23,7 @@ from wanfast.vae.blocks import (
     upsample,
 )
 from wanfast.vae.patch import add_repeated_up_, unpatchify
+from wanfast.vae.tiles import WHOLE_LEVELS, Strip
 from wanfast.vae.weights import DecoderWeights, ResidualWeights, UpsampleWeights, VAEWeights
 
 DecoderLevel = tuple[tuple[ResidualWeights, ...], UpsampleWeights | None]
@@ -28,38 +31,43 @@ DecoderLevel = tuple[tuple[ResidualWeights, ...], UpsampleWeights | None]
 FINE_FRAMES = 2  # at a time where the picture is large; two, as a convolution over three remembers that many
 
 
-def decode(vae: VAEWeights, latents: Tensor) -> Iterator[Tensor]:
+def decode(vae: VAEWeights, latents: Tensor, strip: Strip | None = None) -> Iterator[Tensor]:
     """Decode a video, chunk by chunk; each chunk is made when it is asked for.
 
     Args:
         vae: the weights; their dtype is that of the computation.
         latents: [B, C, F, H, W], F >= 1, normalised, any float dtype, on the weights' device.
+        strip: decode only this part of the picture, cut with `decode_halo`; None is all of it.
 
     Returns:
         An iterator over fp32 chunks in [-1, 1]: [B, 3, 1, s H, s W] first, then F - 1 times [B, 3, 4, s H, s W];
-        s is the VAE's spatial stride.
+        s is the VAE's spatial stride. Of a strip, H or W is what it keeps.
 
     Raises:
         RequestError: latents of another shape or kind; raised at the call, before the first chunk.
     """
     _check_latents(vae, latents)
-    return _chunks(vae, latents)
+    return _chunks(vae, latents, strip)
 
 
-def _chunks(vae: VAEWeights, latents: Tensor) -> Iterator[Tensor]:
+def _chunks(vae: VAEWeights, latents: Tensor, strip: Strip | None) -> Iterator[Tensor]:
     history = None
     for index in range(latents.shape[2]):
-        frames, history = decode_frame(vae, latents[:, :, index : index + 1], history)
+        frames, history = decode_frame(vae, latents[:, :, index : index + 1], history, strip)
         yield frames.clamp_(-1.0, 1.0)
 
 
-def decode_frame(vae: VAEWeights, latent_frame: Tensor, history: History | None) -> tuple[Tensor, History]:
+def decode_frame(
+    vae: VAEWeights, latent_frame: Tensor, history: History | None, strip: Strip | None = None
+) -> tuple[Tensor, History]:
     """Decode one latent frame, not clamped.
 
     Args:
         vae: the weights.
         latent_frame: [B, C, 1, H, W], normalised. After the first, several at once give the same at a higher peak.
-        history: None for the video's first frame, else as the last call returned it; its memory is used again.
+        history: None for the video's first frame, else as the last call, for the same strip, returned it; its memory
+            is used again.
+        strip: as in `decode`.
 
     Returns:
         fp32 [B, 3, 1 or 4, s H, s W], and the history for the next frame.
@@ -76,16 +84,24 @@ def decode_frame(vae: VAEWeights, latent_frame: Tensor, history: History | None)
     x = latent_frame.float() / (1.0 / std) + mean  # the reference divides by the reciprocal
     x = x.to(weights.from_latents.bias.dtype, memory_format=torch.channels_last_3d)
     x = pointwise_conv(x, weights.from_latents)
-    x, history = _run_decoder(x, weights, history or empty_history(weights), repeats=config.version == "2.2")
-    return unpatchify(x, config.patch_size).to(torch.float32, memory_format=torch.contiguous_format), history
+    repeats = config.version == "2.2"
+    x, history = _run_decoder(x, weights, history or empty_history(weights), strip, repeats=repeats)
+    x = unpatchify(x, config.patch_size)
+    x = x if strip is None else strip.keep(x, config.spatial_stride)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous(), history
 
 
-def _run_decoder(x: Tensor, weights: DecoderWeights, history: History, *, repeats: bool) -> tuple[Tensor, History]:
+def _run_decoder(
+    x: Tensor, weights: DecoderWeights, history: History, strip: Strip | None, *, repeats: bool
+) -> tuple[Tensor, History]:
     """[B, C, 1, H, W] to patched pixels; `repeats` adds each level's input, repeated, to its output."""
     x, conv_in = causal_conv(x, weights.conv_in, history.conv_in)
     x, past_middle = middle(x, weights.middle, history.middle)
-    cut = _count_coarse(weights)
-    x, coarse = _run_levels(x, weights.levels[:cut], history.levels[:cut], repeats=repeats)
+    x, whole = _run_levels(x, weights.levels[:WHOLE_LEVELS], history.levels[:WHOLE_LEVELS], repeats=repeats)
+    if strip is not None:
+        x = strip.read(x, 2**WHOLE_LEVELS).contiguous(memory_format=torch.channels_last_3d)
+    cut = max(_count_coarse(weights), WHOLE_LEVELS)
+    x, coarse = _run_levels(x, weights.levels[WHOLE_LEVELS:cut], history.levels[WHOLE_LEVELS:cut], repeats=repeats)
     # From here on no frame is added, and tensors are largest: a few frames at a time take the least memory.
     fine, conv_out, pixels = history.levels[cut:], history.conv_out, []
     for some in torch.split(x, FINE_FRAMES, dim=2):
@@ -93,7 +109,7 @@ def _run_decoder(x: Tensor, weights: DecoderWeights, history: History, *, repeat
         frames, conv_out = causal_conv(norm_silu(frames, weights.norm_out, overwrite=True), weights.conv_out, conv_out)
         pixels.append(frames)
     x = pixels[0] if len(pixels) == 1 else torch.cat(pixels, dim=2)
-    return x, History(conv_in, past_middle, (*coarse, *fine), conv_out)
+    return x, History(conv_in, past_middle, (*whole, *coarse, *fine), conv_out)
 
 
 def _count_coarse(weights: DecoderWeights) -> int:
