@@ -38,6 +38,7 @@ def _was_built(command: build_ext, ext: Pybind11Extension) -> bool:
 setup(
     packages=[
         "wanfast",
+        "wanfast.bench",
         "wanfast.checkpoint",
         "wanfast.diffusers_backend",
         "wanfast.dit",
@@ -47,7 +48,7 @@ setup(
         "wanfast.kernels",
     ],
     package_dir={"wanfast": "wanfast", "wanfast.kernels": "kernels"},
-    package_data={"wanfast": ["py.typed", "_C.pyi"]},
+    package_data={"wanfast": ["py.typed", "_C.pyi"], "wanfast.bench": ["report.schema.json"]},
     ext_modules=[
         Pybind11Extension(
             "wanfast._C",

@@ -18,6 +18,7 @@ Bounds     FP16 sums of 128 e4m3 products cannot overflow: 16 * 28 * 128 = 57,34
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,10 +86,17 @@ def hadamard128() -> Tensor:
     return matrix / math.sqrt(GROUP)
 
 
+@lru_cache
+def _hadamard128_on(device: torch.device) -> Tensor:
+    """Keep the matrix on a device: a copy from the host would wait for it."""
+    with torch.inference_mode(False):
+        return hadamard128().to(device)
+
+
 def rotate_reference(x: Tensor) -> Tensor:
     """Multiply each run of 128 channels of x [..., C] by `hadamard128`, in fp32; C is a multiple of 128."""
     runs = x.float().reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
-    return (runs @ hadamard128().to(x.device)).flatten(-2)
+    return (runs @ _hadamard128_on(x.device)).flatten(-2)
 
 
 def quantize_reference(

@@ -14,9 +14,6 @@ from torch import Tensor
 from ._checks import COMPUTE_DTYPES, require
 from ._quantized import EIGHT_BIT, GROUP, LARGEST_WEIGHT, QuantizedWeight, quantize_reference
 
-_FILE_LARGEST = 448.0  # what e4m3 weights in files are scaled to
-_SHIFT = _FILE_LARGEST / LARGEST_WEIGHT[torch.float8_e4m3fn]  # a power of two
-
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype, *, rotated: bool) -> QuantizedWeight:
     """Round a weight to 8 bits.
@@ -42,15 +39,17 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype, *, rotated: bool) -> Qua
 
 
 def fit_weight(values: Tensor, scale: Tensor) -> QuantizedWeight:
-    """Take over 8-bit numbers of a file as they are; e4m3 numbers are divided by 16, so that FP16 sums hold them.
+    """Take over 8-bit numbers of a file as they are, rows of e4m3 but for a power of two each.
+
+    It brings a row's largest number between 14 and 28, so that FP16 sums hold them and small numbers are kept.
 
     Args:
         values: [N, K], contiguous; int8, or float8_e4m3fn within +-448.
         scale: fp32, [] for all numbers or [N, 1] for each output channel.
 
     Returns:
-        The same weight, not rotated. int8 is not copied. e4m3 numbers of magnitude 1/4 and more, of the 448 there are,
-        are exact; smaller ones become multiples of 2^-5 (in the file's numbers).
+        The same weight, not rotated. int8 is not copied. Of e4m3 rows scaled to 448 numbers of magnitude 1/4 and more
+        are exact, and smaller ones become multiples of 2^-5 (in the file's numbers); rows of small numbers are exact.
 
     Raises:
         ValueError: a shape, dtype or stride is not as above.
@@ -65,4 +64,8 @@ def fit_weight(values: Tensor, scale: Tensor) -> QuantizedWeight:
     each = scale.expand(outputs, 1).flatten().contiguous()
     if values.dtype == torch.int8:
         return QuantizedWeight(values, each, rotated=False)
-    return QuantizedWeight((values.float() / _SHIFT).to(values.dtype), each * _SHIFT, rotated=False)
+    wide = values.float()
+    largest = wide.abs().amax(1)
+    shift = torch.exp2(torch.floor(torch.log2(LARGEST_WEIGHT[values.dtype] / largest)))
+    shift = torch.where(largest > 0, shift, torch.ones_like(shift))
+    return QuantizedWeight((wide * shift[:, None]).to(values.dtype), each / shift, rotated=False)

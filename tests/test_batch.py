@@ -98,9 +98,9 @@ def test_weights_move_once_for_a_group(models: Callable[[str], Path], monkeypatc
     for name in ("expert", "text_encoder"):
         own = getattr(LoadedModel, name)
 
-        def counted(self: LoadedModel, *more: Any, own: Any = own) -> Any:
+        def counted(self: LoadedModel, *more: Any, own: Any = own, **options: Any) -> Any:
             asked.append(more[0] if more else "text")
-            return own(self, *more)
+            return own(self, *more, **options)
 
         monkeypatch.setattr(LoadedModel, name, counted)
     assert main(line(models("t2v"), "--seed", "5")) == 0

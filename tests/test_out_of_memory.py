@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle: the step is taken again with fewer blocks, and the video is the same."""
+"""Memory that runs out in the middle: the step is taken again in less memory, and the video is the same."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +15,8 @@ from torch import Tensor
 
 import wanfast
 import wanfast.budget as budget
+import wanfast.denoise as denoise
 import wanfast.forecast as forecast
-import wanfast.generation as generation
 from wanfast.budget import make_budget
 from wanfast.dit.weights import expected_tensors
 from wanfast.errors import MemoryBudgetError
@@ -60,7 +60,7 @@ def load(model: Path, num_slots: int) -> wanfast.Pipeline:
 def failing(calls: set[int], error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let some of the calls of a block fail, after the block before has been computed."""
     made: list[int] = []
-    own = generation.predict_velocities
+    own = denoise.predict_velocities
 
     def predict(*arguments: Any, **more: Any) -> list[Tensor]:
         latents, timestep, contexts, outer, blocks, config = arguments
@@ -74,7 +74,7 @@ def failing(calls: set[int], error: Callable[[], Exception], monkeypatch: pytest
 
         return own(latents, timestep, contexts, outer, some(), config, **more)
 
-    monkeypatch.setattr(generation, "predict_velocities", predict)
+    monkeypatch.setattr(denoise, "predict_velocities", predict)
     return made
 
 
@@ -100,11 +100,28 @@ def test_the_step_is_taken_again(
     assert caplog.text.count("it is taken again with fewer blocks") == len(calls)
 
 
+@pytest.mark.parametrize("calls", [{1}, {9, 10}, {12, 40}])
+def test_without_a_block_to_spare_the_step_is_cut_finer(
+    calls: set[int], model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = load(model, 4).generate("a red ball", output="latents", **SMALL)
+    pipeline = load(model, 2)
+    with monkeypatch.context() as patched:
+        made = failing(calls, ERRORS["cuda"], patched)
+        got = pipeline.generate("a red ball", output="latents", **SMALL)
+    assert torch.equal(got, want)
+    assert caplog.text.count("it is taken again with less of it at a time") == len(calls)
+    # Passes with and without the prompt take turns from then on: each is a call of every block.
+    blocks, steps = num_layers(pipeline), SMALL["num_inference_steps"]
+    assert len(made) > blocks * (steps + 1)
+
+
 def test_without_a_block_to_spare_the_end_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = load(model, 2)
     with monkeypatch.context() as patched:
-        failing({num_layers(pipeline) + 1}, ERRORS["cuda"], patched)
-        with pytest.raises(MemoryBudgetError, match=r"step 2 of 4: out of memory with the fewest blocks.*smaller size"):
+        failing({num_layers(pipeline) + again for again in (1, 2, 3, 4)}, ERRORS["cuda"], patched)
+        told = r"step 2 of 4: out of memory with the fewest blocks.*least computed at a time.*smaller size"
+        with pytest.raises(MemoryBudgetError, match=told):
             pipeline.generate("a red ball", output="latents", **SMALL)
 
 
@@ -134,7 +151,7 @@ def test_a_gpu_keeps_the_blocks_that_the_plan_has_room_for(model: Path, monkeypa
         monkeypatch.setattr(forecast, "_limits_here", lambda model, limit=limit: (limit, 10**12))
         forecast.bound_blocks(loaded, [plan])
     assert allowed == [slots * whole.slot_bytes for slots in (2, 5, 8)]
-    monkeypatch.setattr(forecast, "_limits_here", lambda model: (others + whole.slot_bytes, 10**12))
+    monkeypatch.setattr(forecast, "_limits_here", lambda model: (whole.slot_bytes, 10**12))
     with pytest.raises(MemoryBudgetError, match="needs"):
         forecast.bound_blocks(loaded, [plan])
 

@@ -171,7 +171,7 @@ def test_work_of_a_small_model_is_the_count_of_its_multiply_adds():
 
 @pytest.mark.parametrize("name", ["", "bf16", "auto", None])
 def test_an_unknown_precision_is_refused(name):
-    with pytest.raises(RequestError, match=r"^precision: must be one of fp32, exact, got "):
+    with pytest.raises(RequestError, match=r"^precision: must be one of fp32, exact, fp8, int8, got "):
         make_plan(T2V_A14B, Request("a cat"), precision=name)
 
 

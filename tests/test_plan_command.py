@@ -141,3 +141,20 @@ def test_generate_refuses_before_it_loads(capsys: pytest.CaptureFixture[str], tm
     assert "wanfast generate: ram: " in message
     assert "needs" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_strips_are_shown_with_what_they_save_and_what_they_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    line = (*LINE, "--stored", "fp8", "--size", "720p", "--gpu", "4090")
+    assert _run(*line, "--vram", "8GB") == 0
+    shown = capsys.readouterr().out
+    assert "decode: in 3 strips without a seam; whole pictures need 13.92 GB" in shown
+    assert f"{'pixels of strips':<38}{'0.22 GB':>10}" in shown
+    assert _run(*line) == 0
+    assert "strips" not in capsys.readouterr().out
+    seconds = {}
+    for vram in ("24GB", "8GB"):
+        assert _run(*line, "--vram", vram, "--json") == 0
+        plan = json.loads(capsys.readouterr().out)
+        seconds[plan["memory"]["tiles"]["decode"]] = plan["seconds"]["stages"]["decode"]
+    assert list(seconds) == [1, 3]
+    assert 1.2 < seconds[3] / seconds[1] < 1.3

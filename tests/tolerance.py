@@ -68,7 +68,7 @@ LIMITS: Mapping[str, Mapping[torch.dtype, Roundoff | Relative]] = {
         torch.float16: Roundoff(worst=3.5, rms=0.8),
         torch.bfloat16: Roundoff(worst=3.5, rms=0.8),
     },
-    # In fp32: a length, two products, an exponential of the result, which multiplies what that has lost, and a quotient.
+    # In fp32: a length, two products, an exponential of the result, which multiplies what that lost, and a quotient.
     "rms_norm_silu": {
         torch.float32: Roundoff(worst=16, rms=3),
         torch.float16: ONE_ROUNDING,
@@ -103,10 +103,10 @@ LIMITS: Mapping[str, Mapping[torch.dtype, Roundoff | Relative]] = {
     "log_sum_exp": {torch.float32: Roundoff(worst=12, rms=3)},
     # Sums of 64 or 128 values in fp32; the interpreter adds them one after the other: 11 u were seen.
     "pool_blocks": {torch.float32: Roundoff(worst=24, rms=4)},
-    # 8-bit attention against a reference that rounds as it does: where exp2 or a sum differs in its last bit, a weight is
+    # 8-bit attention against a reference that rounds as it does: where exp2 or a sum differs in a last bit, a weight is
     # rounded the other way now and then (e4m3: by a sixteenth of itself), and fp16 sums end in another bit.
     "attention_int8": _model(2e-3),
-    # The same, rounded to int8 by its largest of 128 channels: half a step of 1 / 127, and bf16's rounding of the other.
+    # The same, rounded to int8 by its largest of 128 channels: half a step of 1 / 127, and bf16's rounding of it.
     "attention_int8_output": _model(0.5 / 127 + 2.0**-8),
     # Numbers of 32 channels are summed exactly, then scaled in fp32: up to 160 partial sums, each less its minimum.
     "linear_stored": {

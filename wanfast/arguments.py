@@ -31,7 +31,8 @@ _NOT_SUPPORTED = {
 _NEVER_EMPTY = (
     *("model", "high", "low", "vae", "text_encoder", "tokenizer", "task", "image", "size", "device", "vram", "preset"),
     *("ram", "gpu", "stored"),
-    *("output", "clip", "run", "path", "prompts"),
+    *("output", "clip", "run", "path", "prompts", "preview"),
+    *("tiers", "reference", "json", "markdown", "compare"),
 )
 _SOLVERS = {"unipc": "unipc", "dpm++": "dpmpp", "dpmpp": "dpmpp", "euler": "euler"}
 _REQUEST_ARGUMENTS = (
@@ -88,6 +89,8 @@ def build_parser() -> OneLineParser:
     _add_convert_arguments(convert)
     doctor = commands.add_parser("doctor", help="say what this machine is and what it lacks", allow_abbrev=False)
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    bench = commands.add_parser("bench", help="measure speed and its cost beside the reference", allow_abbrev=False)
+    _add_bench_arguments(bench)
     rerun = commands.add_parser("rerun", help="repeat a clip from the settings embedded in it", allow_abbrev=False)
     rerun.add_argument("clip", help="an .mp4 that wanfast wrote")
     resume = commands.add_parser("resume", help="go on with a run that was stopped", allow_abbrev=False)
@@ -116,9 +119,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampling_arguments(parser)
     add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="LoRA file, strength, expert (high, low)")
     add("--merge-loras", action="store_true", help="add LoRAs to copies of the weights, not beside; 16-bit models only")
-    add("--precision", choices=("auto", "fp32", "exact"), default="auto", help="exact: bf16 where the reference has it")
+    precisions = ("auto", "fp32", "exact", "fp8", "int8")
+    says = "exact: bf16 where the reference has it; fp8, int8: the DiT multiplies in 8 bits, faster and less exact"
+    add("--precision", choices=precisions, default="auto", help=says)
     _add_device_arguments(parser)
     _add_output_arguments(parser, save_alias=True)
+    _add_preview_argument(parser)
     add("--offload-model", type=_true_or_false, help=argparse.SUPPRESS)
     add("--convert-model-dtype", action="store_true", default=None, help=argparse.SUPPRESS)
     add("--t5-cpu", action="store_true", default=None, help=argparse.SUPPRESS)
@@ -144,6 +150,7 @@ def _add_repeat_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="FILE", help="where a recorded LoRA is by now")
     _add_device_arguments(parser)
     _add_output_arguments(parser)
+    _add_preview_argument(parser)
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +165,40 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print the result as JSON")
     add("--quiet", action="store_true", help="no progress, no notes")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", default=None, help="what to show")
+    _add_model_arguments(parser)
+    add("--random", action="store_true", help="random weights in the sizes of --model: speed alone, no checkpoint")
+    add("--tiny", action="store_true", help="wan-tiny, or with --model one of its family as small; runs anywhere")
+    add("--tiers", metavar="NAMES", help="precisions, presets or PRECISION+PRESET, by commas: exact,fp32,lightning4")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
+    add("--image", metavar="FILE", help="first frame; default, where the model needs one: a drawn one")
+    add("--size", metavar="WxH", help="pixels, such as 832x480, or 480p, 720p")
+    add("--num-frames", "--frame-num", type=int, metavar="N", help="frames, 4n + 1")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise, which all engines have")
+    _add_step_arguments(parser)
+    add("--runs", type=int, default=3, metavar="N", help="of each engine in turn, after its cold one; default: 3")
+    add("--warmup", type=int, default=0, metavar="N", help="runs after the cold one that do not count; default: 0")
+    add("--reference", metavar="DIR", help="a checkout of Wan-Video/Wan2.2, to be run beside diffusers")
+    precisions = ("auto", "fp32", "bf16")
+    add(
+        "--reference-precision", choices=precisions, default="auto", help="of diffusers; auto: bf16 on a GPU, else fp32"
+    )
+    placements = ("resident", "model", "group")
+    add("--reference-offload", choices=placements, default="model", help="where diffusers keeps weights, with a GPU")
+    _add_device_arguments(parser)
+    add("-o", "--output", metavar="DIR", help="folder for bench.json and bench.md; default: here")
+    add("--json", metavar="FILE", help="name of the JSON")
+    add("--markdown", metavar="FILE", help="name of the Markdown")
+    add("--overwrite", action="store_true", help="replace the report's files if they exist")
+    add("--compare", metavar="FILE", help="an earlier JSON of the same case: flag stages that are slower than in it")
+    add("--fail-if-slower", action="store_true", help="exit code 1 if one is")
+    add("--fail-if-different", action="store_true", help="exit code 1 if a video differs more from the reference's")
+    add("--quiet", action="store_true", help="no progress, no notes")
+    parser.set_defaults(preset=None, task=None, fps=None)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +216,12 @@ def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_step_arguments(parser)
+    names = "lightning4: 4 steps, euler, shift 5, guidance 1, for step-distilled files"
+    parser.add_argument("--preset", metavar="NAME", help=names)
+
+
+def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     steps = ("--steps", "--num-inference-steps", "--sample-steps")
     add(*steps, dest="num_inference_steps", type=int, metavar="N", help="solver steps")
@@ -182,7 +229,6 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-high", type=float, metavar="G", help="guidance of the high-noise expert")
     add("--guidance-low", type=float, metavar="G", help="guidance of the low-noise expert")
     add("--shift", "--sample-shift", type=float, metavar="S", help="shift of the noise schedule")
-    add("--preset", metavar="NAME", help="lightning4: 4 steps, euler, shift 5, guidance 1, for step-distilled files")
     add("--solver", "--sample-solver", choices=sorted(_SOLVERS), help="how a step is taken")
 
 
@@ -194,6 +240,11 @@ def _add_output_arguments(parser: argparse.ArgumentParser, *, save_alias: bool =
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
+
+
+def _add_preview_argument(parser: argparse.ArgumentParser) -> None:
+    says = "a small .webp or .gif of the video to come, replaced after each step"
+    parser.add_argument("--preview", metavar="FILE", help=says)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -218,6 +269,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{name}: must not be empty; leave it out or give a value")
     if arguments.command in ("generate", "plan"):
         _settle_generate(parser, arguments)
+    if arguments.command == "bench":
+        arguments.words = words
+        arguments.solver = _SOLVERS[arguments.solver] if arguments.solver else None
     return arguments
 
 
@@ -251,6 +305,8 @@ def _settle_batch(parser: OneLineParser, arguments: argparse.Namespace) -> None:
         parser.error("prompts: must be left out, as a plan is of one clip; give one prompt")
     if arguments.prompt is not None:
         parser.error("prompts: must not be given beside a prompt; put it into the file")
+    if arguments.preview is not None:
+        parser.error("preview: must be left out with --prompts, as it is of one clip")
 
 
 def _task(text: str) -> str:

@@ -13,20 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wanfast.denoise import Conditions, OnProgress, OnState, denoise, experts_of_passes
+from wanfast.dit.chunking import Chunking
 from wanfast.errors import MemoryBudgetError, NumericsError
 from wanfast.forecast import bound_blocks
-from wanfast.generation import (
-    Conditions,
-    Inputs,
-    OnProgress,
-    OnState,
-    decode_frames,
-    denoise,
-    draw_noise,
-    encode_image,
-    encode_prompts,
-    own_arithmetic,
-)
+from wanfast.generation import Inputs, decode_frames, draw_noise, encode_image, encode_prompts, own_arithmetic
 from wanfast.loaded import LoadedModel
 from wanfast.plan import Plan
 from wanfast.run_state import RunState, map_state
@@ -123,8 +114,12 @@ def _begin(model: LoadedModel, jobs: Sequence[Job], start: int, tell: Callable[[
             clip = _Waiting(index, job, conditions, state)
             clips.append(clip)
             if job.inputs.image is not None:
-                picture = encode_image(model, job.plan, job.inputs.image, tell(index))
-                clip.conditions = replace(conditions, picture=picture.to(_HOST))
+                try:
+                    picture = encode_image(model, job.plan, job.inputs.image, tell(index))
+                except MemoryBudgetError as error:
+                    clip.error = error
+                else:
+                    clip.conditions = replace(conditions, picture=picture.to(_HOST))
     return clips
 
 
@@ -135,21 +130,30 @@ def _denoise_by_phase(model: LoadedModel, clips: Sequence[_Waiting], tell: Calla
         for clip in clips:
             ahead = clip.job.plan.steps[clip.state.next_step :]
             order.append((clip, tuple(step for step in ahead if step.expert == expert.name)))
-    bound_blocks(model, [clip.job.plan for clip in clips], clips[0].conditions.loras)
-    with own_arithmetic(model), model.passes([step.expert for _, steps in order for step in steps]):
+    chunking = bound_blocks(model, [clip.job.plan for clip in clips], clips[0].conditions.loras)
+    experts = experts_of_passes([step for _, steps in order for step in steps], chunking)
+    with own_arithmetic(model), model.passes(experts):
         for clip, steps in order:
             if steps and clip.error is None:
-                _take(model, clip, steps, tell(clip.index))
+                _take(model, clip, steps, chunking, tell(clip.index))
 
 
-def _take(model: LoadedModel, clip: _Waiting, steps: Sequence[Step], progress: OnProgress) -> None:
+def _take(model: LoadedModel, clip: _Waiting, steps: Sequence[Step], chunking: Chunking, progress: OnProgress) -> None:
     job, device = clip.job, model.device
     picture = None if clip.conditions.picture is None else clip.conditions.picture.to(device)
     contexts = [part.to(device) for part in clip.conditions.contexts]
     conditions = replace(clip.conditions, contexts=contexts, picture=picture)
     try:
         state = denoise(
-            model, job.plan, clip.state, steps, conditions, on_step=None, on_state=job.on_state, progress=progress
+            model,
+            job.plan,
+            clip.state,
+            steps,
+            conditions,
+            chunking,
+            on_step=None,
+            on_state=job.on_state,
+            progress=progress,
         )
     except (NumericsError, MemoryBudgetError) as error:
         clip.error = error

@@ -22,7 +22,7 @@ from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan, request_of
 from wanfast.progress import Progress
 from wanfast.prompt_file import PromptLine, read_prompts
-from wanfast.run_state import RunKeeper, RunState, mark_files, read_run, resume_file
+from wanfast.run_state import RunKeeper, RunState, changed_file, mark_files, read_run, resume_file
 from wanfast.video import check_writable, read_settings, write_video
 
 _RANDOM_SEED = -1  # as in the reference's generate.py
@@ -131,6 +131,11 @@ def _prepare(
             return _Clip(line=line, output=output, plan=plan, inputs=inputs, settings=settings, is_there=False)
         run = None if output.exists() else read_run(resume_file(output))
         earlier = read_settings(output) if run is None else run.settings
+        if run is not None and (changed := changed_file(run.files, mark_files(model.model.readers))) is not None:
+            raise RequestError(
+                f"model: must be as it was when {output.name} was begun, got {changed}, which has changed since; add"
+                " --overwrite"
+            )
     except (RequestError, MediaError, CheckpointError, MemoryBudgetError) as error:
         raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
     if not _is_same(earlier, settings, is_seed_given=asked.seed not in (None, _RANDOM_SEED)):

@@ -4,18 +4,20 @@ A stage is a pass through the code between two releases of memory: text, picture
 is what torch is asked for, and a fixed share for the driver and its libraries; all of it is computed, none measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from wanfast.config import ModelConfig
-from wanfast.dit.block import CHUNK_TOKENS
-from wanfast.dit.memory import dit_activations, kept_text_bytes
+from wanfast.dit.chunking import CHUNKINGS, Chunking
+from wanfast.dit.memory import dit_activations, dit_activations_8bit, kept_text_bytes
 from wanfast.errors import MemoryBudgetError, RequestError
-from wanfast.plan import Plan, make_plan, request_of
+from wanfast.plan import EIGHT_BIT, Plan, make_plan, request_of
 from wanfast.residency.residency import MIN_SLOTS
 from wanfast.text.memory import text_activations
 from wanfast.vae.memory import VAEActivations, decode_activations, encode_activations
+from wanfast.vae.tiles import most_tiles
 from wanfast.weight_sizes import WeightSizes
 
 DRIVER_BYTES = 600_000_000  # of a GPU: CUDA's context, loaded kernels, workspaces of cuBLAS
@@ -37,6 +39,14 @@ class Stage:
         return sum(self.items.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """In how many strips a VAE takes the picture."""
+
+    num_tiles: int
+    whole: int  # bytes the stage would take with the picture whole
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """The memory of one generation."""
@@ -48,6 +58,8 @@ class Budget:
     num_experts: int  # that take steps
     slot_bytes: int
     stored: str  # the form of the blocks' projections
+    chunking: Chunking  # of the steps
+    tilings: Mapping[str, Tiling] = field(default_factory=dict)  # by stage, of those in which a VAE works
     host: Mapping[str, int] = field(default_factory=dict)  # what -> bytes of host memory
     host_missing: int = 0  # bytes of blocks that are copied again and for which the host has no room
     host_limit: int | None = None
@@ -90,7 +102,6 @@ def make_budget(
     *,
     vram: int | None,
     ram: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Budget:
     """Place every byte of a planned generation.
 
@@ -100,14 +111,15 @@ def make_budget(
         sizes: of its weights.
         vram: bytes of the device; None is as much as is useful.
         ram: bytes of the host; None is as much as is useful.
-        chunk_tokens: tokens the diffusion transformer computes at a time.
 
     Returns:
         The budget, which may not fit: `fits` says, `refuse_what_cannot_fit` raises.
     """
     experts = tuple(dict.fromkeys(step.expert for step in plan.steps))
     carried = _driver(plan) | _carried(config, plan)
-    steps = carried | _around_blocks(plan, sizes, len(experts)) | _step_items(config, plan, chunk_tokens, sizes)
+    steps, chunking = _steps_that_fit(
+        config, plan, sizes, carried | _around_blocks(plan, sizes, len(experts)), vram=vram
+    )
     num_blocks = config.dit.num_layers
     wanted = num_blocks * len(experts)
     most = wanted if vram is None else slots_that_fit(vram, sum(steps.values()), sizes.slot, wanted)
@@ -115,10 +127,15 @@ def make_budget(
     steps = {_slots_label(num_slots, num_blocks): num_slots * sizes.slot} | steps
 
     stages = [Stage("text", _text_items(config, plan, sizes))]
+    tilings = {}
     if plan.image_size is not None:
-        stages.append(Stage("picture", carried | _picture_items(config, plan, sizes)))
+        items, tilings["picture"] = _fewest_tiles(
+            plan, lambda n: carried | _picture_items(config, plan, sizes, n), vram
+        )
+        stages.append(Stage("picture", items))
     stages.append(Stage(f"steps ({', '.join(experts)})", steps))
-    stages.append(Stage("decode", _decode_items(config, plan, sizes)))
+    items, tilings["decode"] = _fewest_tiles(plan, lambda n: _decode_items(config, plan, sizes, n), vram)
+    stages.append(Stage("decode", items))
     budget = Budget(
         stages=tuple(Stage(stage.name, {what: size for what, size in stage.items.items() if size}) for stage in stages),
         limit=vram,
@@ -127,12 +144,25 @@ def make_budget(
         num_experts=len(experts),
         slot_bytes=sizes.slot,
         stored=sizes.stored,
+        chunking=chunking,
+        tilings=tilings,
         host_limit=ram,
     )
-    again = _copied_again(budget)
-    kept = again if ram is None else max(0, min(again, ram - HOST_RESERVE_BYTES))
-    host = {"left to the system": HOST_RESERVE_BYTES, "blocks that are copied again": kept}
+    again, waiting = _copied_again(budget), _waiting_pixels(plan, budget)
+    kept = again if ram is None else max(0, min(again, ram - HOST_RESERVE_BYTES - sum(waiting.values())))
+    host = {"left to the system": HOST_RESERVE_BYTES, "blocks that are copied again": kept} | waiting
     return replace(budget, host=host, host_missing=again - kept)
+
+
+def _steps_that_fit(
+    config: ModelConfig, plan: Plan, sizes: WeightSizes, other: Mapping[str, int], *, vram: int | None
+) -> tuple[dict[str, int], Chunking]:
+    """Cut the steps as little as leaves room for two blocks, or as finely as they can be cut."""
+    for chunking in CHUNKINGS:
+        items = dict(other) | _step_items(config, plan, chunking, sizes)
+        if vram is None or sum(items.values()) + MIN_SLOTS * sizes.slot <= vram:
+            break
+    return items, chunking
 
 
 def _on_gpu(plan: Plan) -> bool:
@@ -154,9 +184,36 @@ def _text_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str
     return _driver(plan) | blocks | {"activations": activations}
 
 
-def _picture_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
+def _fewest_tiles(
+    plan: Plan, items_of: Callable[[int], dict[str, int]], limit: int | None
+) -> tuple[dict[str, int], Tiling]:
+    """Cut the picture into as few strips as fit, or into as many as are worth cutting."""
+    items = items_of(1)
+    whole = sum(items.values())
+    if limit is None or whole <= limit:
+        return items, Tiling(1, whole)
+    for num_tiles in range(2, most_tiles(*plan.latent_shape[2:]) + 1):
+        items = items_of(num_tiles)
+        if sum(items.values()) <= limit:
+            return items, Tiling(num_tiles, whole)
+    return items, Tiling(most_tiles(*plan.latent_shape[2:]), whole)
+
+
+def _waiting_pixels(plan: Plan, budget: Budget) -> dict[str, int]:
+    """Frames that wait on the host until their last strip is decoded."""
+    if budget.tilings["decode"].num_tiles == 1:
+        return {}
+    return {"pixels of strips": plan.num_frames * plan.height * plan.width * 3}
+
+
+def _picture_items(config: ModelConfig, plan: Plan, sizes: WeightSizes, num_tiles: int) -> dict[str, int]:
     activations = encode_activations(
-        config.vae, height=plan.height, width=plan.width, num_frames=_encoded(plan), is_joined=_on_gpu(plan)
+        config.vae,
+        height=plan.height,
+        width=plan.width,
+        num_frames=_encoded(plan),
+        is_joined=_on_gpu(plan),
+        num_tiles=num_tiles,
     )
     return {"VAE encoder": sizes.vae_encoder} | _vae_items(activations)
 
@@ -166,10 +223,10 @@ def _around_blocks(plan: Plan, sizes: WeightSizes, num_experts: int) -> dict[str
     return {"weights around the blocks": sizes.outer * (num_experts if _on_gpu(plan) else 1), "LoRAs": sizes.loras}
 
 
-def _decode_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
+def _decode_items(config: ModelConfig, plan: Plan, sizes: WeightSizes, num_tiles: int) -> dict[str, int]:
     _, num_frames, rows, columns = plan.latent_shape
     activations = decode_activations(
-        config.vae, rows=rows, columns=columns, num_frames=num_frames, is_joined=_on_gpu(plan)
+        config.vae, rows=rows, columns=columns, num_frames=num_frames, is_joined=_on_gpu(plan), num_tiles=num_tiles
     )
     weights = {"latents": _latent_bytes(plan), "VAE decoder": sizes.vae_decoder}
     return _driver(plan) | weights | _vae_items(activations)
@@ -234,6 +291,9 @@ def budget_to_dict(budget: Budget) -> dict[str, Any]:
         "slot_bytes": budget.slot_bytes,
         "stored": budget.stored,
         "expert_is_resident": budget.is_resident,
+        "tokens_at_a_time": budget.chunking.tokens,
+        "guidance_in_turn": budget.chunking.in_turn,
+        "tiles": {stage: tiling.num_tiles for stage, tiling in budget.tilings.items()},
         "host": dict(budget.host),
         "host_peak": sum(budget.host.values()),
     }
@@ -278,15 +338,16 @@ def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
     return {"encoded prompts": contexts, "latents and solver": _SOLVER_TENSORS * latents, "picture": condition}
 
 
-def _step_items(config: ModelConfig, plan: Plan, chunk_tokens: int, sizes: WeightSizes) -> dict[str, int]:
+def _step_items(config: ModelConfig, plan: Plan, chunking: Chunking, sizes: WeightSizes) -> dict[str, int]:
     num_contexts, itemsize = max(step.num_forwards for step in plan.steps), _itemsize(plan)
-    kept = kept_text_bytes(config.dit, num_contexts=num_contexts, itemsize=itemsize)
-    return {"keys and values of the text": kept} | dit_activations(
+    kept = kept_text_bytes(config.dit, num_contexts=num_contexts, itemsize=itemsize, limit=chunking.text_bytes)
+    in_8_bits = plan.precision in EIGHT_BIT and _on_gpu(plan)
+    count = dit_activations_8bit if in_8_bits else partial(dit_activations, itemsize=itemsize)
+    return {"keys and values of the text": kept} | count(
         config.dit,
         num_tokens=plan.num_tokens,
-        num_contexts=num_contexts,
-        itemsize=itemsize,
-        chunk_tokens=chunk_tokens,
+        num_contexts=1 if chunking.in_turn else num_contexts,
+        chunk_tokens=chunking.tokens,
         is_expanded=sizes.is_expanded,
         timestep_rows=2 if plan.task == "ti2v" and plan.image_size is not None else 1,
     )
@@ -298,7 +359,11 @@ def _encoded(plan: Plan) -> int:
 
 
 def _vae_items(activations: VAEActivations) -> dict[str, int]:
-    return {"frames remembered": activations.histories, "one chunk of frames": activations.moment}
+    return {
+        "frames remembered": activations.histories,
+        "one chunk of frames": activations.moment,
+        "features of all strips": activations.features,
+    }
 
 
 def _latent_bytes(plan: Plan) -> int:

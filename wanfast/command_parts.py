@@ -14,8 +14,10 @@ from wanfast.arguments import request_arguments
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import MODELS, ModelConfig
 from wanfast.errors import RequestError
+from wanfast.generation import OnPreview
 from wanfast.plan import Plan
 from wanfast.presets import apply_preset
+from wanfast.preview import PreviewWriter, check_preview
 from wanfast.request import Request, parse_size
 from wanfast.run_state import FileMark, RunKeeper
 
@@ -52,6 +54,17 @@ def kept_on_disk(output: Path, settings: dict[str, Any], plan: Plan, files: Sequ
             print(f"wanfast: `wanfast resume {name}{more}` goes on {done}", file=sys.stderr)
         raise
     keeper.finish()
+
+
+@contextmanager
+def previewing(path: str | None, config: ModelConfig, plan: Plan) -> Iterator[OnPreview | None]:
+    """Give what keeps the newest preview in a file, or None where no file is named."""
+    if path is None:
+        yield None
+        return
+    seconds = config.vae.temporal_stride / plan.fps  # a preview has a picture per latent frame
+    with PreviewWriter(check_preview(path), seconds_per_frame=seconds) as writer:
+        yield lambda step, frames: writer.update(frames)
 
 
 def absolute(path: str | None) -> str | None:

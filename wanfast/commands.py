@@ -11,7 +11,7 @@ from typing import cast
 
 from wanfast.batch_command import make_batch
 from wanfast.checkpoint.lookup import Sources
-from wanfast.command_parts import absolute, kept_on_disk, note, request_for, sources_of
+from wanfast.command_parts import absolute, kept_on_disk, note, previewing, request_for, sources_of
 from wanfast.convert import convert_model
 from wanfast.doctor import diagnose, findings_to_dict, format_findings, probe
 from wanfast.errors import RequestError
@@ -23,6 +23,7 @@ from wanfast.model import open_model
 from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan
 from wanfast.plan_command import show_plan
+from wanfast.preview import check_preview
 from wanfast.progress import Progress
 from wanfast.run_state import StoredRun, changed_file, mark_files, read_run, resume_file
 from wanfast.settings import Recorded, RecordedLora, image_digest, read_recorded
@@ -34,6 +35,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         make_batch(arguments)
         return
     _check_output(arguments)
+    if arguments.preview is not None:
+        check_preview(arguments.preview)
     image = load_image(arguments.image) if arguments.image else None
     specs = [parse_lora(text) for text in arguments.lora]  # before a model is looked for, which may take a download
     sources = sources_of(arguments)
@@ -72,6 +75,12 @@ def _doctor(arguments: argparse.Namespace) -> None:
     machine = probe()
     findings = diagnose(machine)
     print(json.dumps(findings_to_dict(machine, findings), indent=2) if arguments.json else format_findings(findings))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from wanfast.bench.command import bench  # the other commands do without it
+
+    bench(arguments)
 
 
 def _rerun(arguments: argparse.Namespace) -> None:
@@ -143,8 +152,14 @@ def _make(
     settings = settings_for(model, plan, inputs, image_path)
     files = mark_files(model.model.readers)
     started = time.perf_counter()
-    with Progress(is_shown=not arguments.quiet) as progress, kept_on_disk(path, settings, plan, files) as keeper:
-        chunks = generate_frames(model, plan, inputs, on_state=keeper.update, on_progress=progress.update)
+    with (
+        Progress(is_shown=not arguments.quiet) as progress,
+        kept_on_disk(path, settings, plan, files) as keeper,
+        previewing(arguments.preview, model.config, plan) as on_preview,
+    ):
+        chunks = generate_frames(
+            model, plan, inputs, on_state=keeper.update, on_progress=progress.update, on_preview=on_preview
+        )
         path = write_video(path, chunks, fps=plan.fps, settings=settings, overwrite=arguments.overwrite)
         seconds = progress.seconds()
     seconds["total"] = time.perf_counter() - started
@@ -201,4 +216,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "rerun": _rerun,
     "resume": _resume,
     "doctor": _doctor,
+    "bench": _bench,
 }

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from wanfast.checkpoint.bind import read_linear, read_tensor
-from wanfast.checkpoint.packed_format import Form, Group, packed_bytes, stored_tensors, write_packed
-from wanfast.checkpoint.quantize import quantize_rows
+from wanfast.checkpoint.packed_format import Form, Group, packed_bytes, scale_name, stored_tensors, write_packed
+from wanfast.checkpoint.quantize import quantize_rows, rotates
 from wanfast.checkpoint.reader import Reader
 from wanfast.checkpoint.ready_layout import TEXT_ENCODER, TOKENIZER, VAE, expert_file, write_manifest
 from wanfast.dit.weights import is_fp32
@@ -241,7 +241,8 @@ def _forms(reader: Reader, dtypes: Mapping[str, torch.dtype]) -> dict[str, Form]
             continue
         forms[name] = dtype, reader.shape(name)
         if dtype in _EIGHT_BIT.values():
-            forms[f"{name}_scale"] = torch.float32, (reader.shape(name)[0], 1)
+            rows, columns = reader.shape(name)
+            forms[scale_name(name, rotates(dtype, columns), dtype != torch.int8)] = torch.float32, (rows, 1)
     return forms
 
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from wanfast.budget import DRIVER_BYTES, Budget, refuse_what_cannot_fit
+from wanfast.block_sizes import GGUF_BLOCKS
+from wanfast.budget import DRIVER_BYTES, Budget, make_budget, refuse_what_cannot_fit
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import ModelConfig
+from wanfast.dit.chunking import Chunking, leanest
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.machines import Gpu, known_gpu
-from wanfast.plan import Plan
-from wanfast.predict import Prediction, datasheet_rates, predict
+from wanfast.plan import EIGHT_BIT, Plan
+from wanfast.predict import Prediction, Rates, datasheet_rates, predict
+from wanfast.rates import measured_rates
 from wanfast.residency import free_memory
 from wanfast.residency.memory import free_host_memory
 from wanfast.weight_sizes import WeightSizes, largest_block, weight_sizes
@@ -35,6 +38,7 @@ def make_forecast(
     gpu: Gpu | None = None,
     vram: int | None = None,
     ram: int | None = None,
+    rates: Rates | None = None,
 ) -> Forecast:
     """Settle memory and seconds of a plan.
 
@@ -45,24 +49,26 @@ def make_forecast(
         gpu: the card, if it is known.
         vram: bytes of the card that may be used; None is all of it.
         ram: bytes of the host that may be used; None is as much as is useful.
+        rates: that were measured; the card's data sheet where there are none.
 
     Raises:
         MemoryBudgetError: the plan does not fit; the message says what would.
     """
-    if not plan.device.startswith("cuda"):
-        return Forecast(refuse_what_cannot_fit(config, plan, sizes, vram=ram, ram=ram), None)
-    limit = vram if vram is not None or gpu is None else gpu.memory
+    on_gpu = plan.device.startswith("cuda")
+    limit = ram if not on_gpu else vram if vram is not None or gpu is None else gpu.memory
     budget = refuse_what_cannot_fit(config, plan, sizes, vram=limit, ram=ram)
-    if gpu is None:
-        return Forecast(budget, None)
-    return Forecast(budget, predict(config, plan, sizes, budget, datasheet_rates(gpu, plan)))
+    if rates is None and on_gpu and gpu is not None:
+        rates = datasheet_rates(gpu, plan)
+    return Forecast(budget, None if rates is None else predict(config, plan, sizes, budget, rates))
 
 
 def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecast:
     """Settle memory and seconds of a plan on this machine; errors as in `make_forecast`."""
     vram, ram = _limits_here(model)
     gpu = known_gpu(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
-    return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram)
+    link = gpu.link if gpu is not None else math.inf  # on a CPU blocks are used where they are
+    rates = measured_rates(model.config, plan.device, plan.precision, link) if gpu is not None or vram is None else None
+    return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram, rates=rates)
 
 
 def budget_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> Budget:
@@ -73,15 +79,35 @@ def budget_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> B
     return refuse_what_cannot_fit(model.config, plan, sizes, vram=limit, ram=ram)
 
 
-def bound_blocks(model: LoadedModel, plans: Sequence[Plan], loras: Sequence[Lora] = ()) -> None:
+def bound_blocks(model: LoadedModel, plans: Sequence[Plan], loras: Sequence[Lora] = ()) -> Chunking:
     """Leave a GPU's blocks no more memory than the plans, made one after another, have for them.
+
+    Returns:
+        How the steps of each of them are cut.
 
     Raises:
         MemoryBudgetError: a plan does not fit; the message says what would.
     """
+    budgets = [budget_here(model, plan, loras) for plan in plans]
     if model.device.type == "cuda":  # on a CPU blocks are used where they were loaded, which are mostly mapped files
-        budgets = [budget_here(model, plan, loras) for plan in plans]
         model.allow_blocks(min(budget.num_slots * budget.slot_bytes for budget in budgets))
+    return leanest([budget.chunking for budget in budgets])
+
+
+def tiles_here(model: LoadedModel, plan: Plan, stage: str) -> int:
+    """Settle in how many strips a VAE shall take the picture, with the memory that is free by now.
+
+    Args:
+        model: that works.
+        plan: of the video.
+        stage: "picture" or "decode".
+
+    Returns:
+        The fewest that fit; as many as are worth cutting where even those may not.
+    """
+    vram, ram = _limits_here(model)
+    limit = vram if model.device.type == "cuda" else ram
+    return make_budget(model.config, plan, sizes_of(model), vram=limit, ram=ram).tilings[stage].num_tiles
 
 
 def _limits_here(model: LoadedModel) -> tuple[int | None, int]:
@@ -100,13 +126,17 @@ def sizes_of(model: LoadedModel) -> WeightSizes:
     by_rule = weight_sizes(model.config, model.precision)
     readers = model.model.experts.values()
     forms = {form for reader in readers for form in _stored_forms(reader)}
+    if model.precision in EIGHT_BIT:  # others are rounded to it when they are loaded
+        forms = {form for form in forms if form in GGUF_BLOCKS}
     return WeightSizes(
-        slot=max(largest_block(reader, model.compute_dtype) for reader in readers),
+        slot=max(
+            largest_block(reader, model.compute_dtype, in_8_bits=model.precision in EIGHT_BIT) for reader in readers
+        ),
         outer=by_rule.outer,
         text_slot=largest_block(model.model.text, model.compute_dtype),
         vae_encoder=by_rule.vae_encoder,
         vae_decoder=by_rule.vae_decoder,
-        stored=", ".join(sorted(forms)) or "16 or 32 bits",
+        stored=", ".join(sorted(forms)) or (model.precision if model.precision in EIGHT_BIT else "16 or 32 bits"),
         is_expanded=bool(forms),
     )
 

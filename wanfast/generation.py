@@ -9,40 +9,36 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from wanfast.config import ExpertName
-from wanfast.dit.condition import image_condition, keep_first_frame
-from wanfast.dit.model import predict_velocities
-from wanfast.dit.text import TextMemory
-from wanfast.errors import MemoryBudgetError, NumericsError, RequestError
-from wanfast.forecast import bound_blocks
+from wanfast.denoise import Conditions, OnProgress, OnState, OnStep, denoise, experts_of_passes, is_out_of_memory
+from wanfast.dit.condition import image_condition
+from wanfast.errors import MemoryBudgetError, RequestError
+from wanfast.forecast import bound_blocks, tiles_here
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.plan import Plan, ti2v_resize
 from wanfast.prompt_cache import context_file, read_context, write_context
-from wanfast.run_state import RunState, map_state
-from wanfast.solvers import SOLVERS, Step
+from wanfast.rates import StageClock, note_rates
+from wanfast.run_state import RunState
+from wanfast.solvers import Step
 from wanfast.text.tokenizer import clean_prompt, tokenize
 from wanfast.text.umt5 import encode_texts
-from wanfast.vae.decode import decode
-from wanfast.vae.encode import encode, encode_chunks
-from wanfast.video import to_uint8
+from wanfast.vae.encode import encode_chunks
+from wanfast.vae.pixels import decode_pixels
+from wanfast.vae.preview import fit_factors, latents_to_rgb
+from wanfast.vae.tiles import most_tiles
+from wanfast.vae.weights import load_vae
 
 _log = logging.getLogger("wanfast")
 
 Block = TypeVar("Block")
-
-_CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch has no type for it
-OnStep = Callable[[Step, Tensor], None]
-OnState = Callable[[RunState], None]
-OnProgress = Callable[[str, int, int], None]
+OnPreview = Callable[[Step, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +63,21 @@ def generate_frames(
     on_step: OnStep | None = None,
     on_state: OnState | None = None,
     on_progress: OnProgress | None = None,
+    on_preview: OnPreview | None = None,
 ) -> Iterator[Tensor]:
     """Make the video of a plan, chunk by chunk; arguments as in `generate_latents`.
 
     Yields:
         uint8 [1, height, width, 3], then [4, height, width, 3] per further latent frame, on the CPU.
     """
-    latents = generate_latents(model, plan, inputs, on_step=on_step, on_state=on_state, on_progress=on_progress)
+    clock = StageClock(on_progress)
+    latents = generate_latents(
+        model, plan, inputs, on_step=on_step, on_state=on_state, on_progress=clock, on_preview=on_preview
+    )
     if model.device.type == "cuda":
         model.release_experts()  # the VAE's activations need the room
-    yield from decode_frames(model, plan, latents, on_progress)
+    yield from decode_frames(model, plan, latents, clock)
+    note_rates(model.config, plan, clock)
 
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def generate_latents(
     on_step: OnStep | None = None,
     on_state: OnState | None = None,
     on_progress: OnProgress | None = None,
+    on_preview: OnPreview | None = None,
 ) -> Tensor:
     """Run a plan up to the latents that are ready to decode.
 
@@ -98,6 +100,8 @@ def generate_latents(
         on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
         on_state: called after each step with all that the steps after it need; it is not written to.
         on_progress: called with a stage's name, its parts done and its parts in all.
+        on_preview: called after each step with the step and small pictures of the video it predicts, uint8
+            [F, H, W, 3], one for each latent frame and a pixel for each latent.
 
     Returns:
         [C, F, H, W], fp32, normalised.
@@ -120,10 +124,29 @@ def generate_latents(
         picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
         conditions = Conditions(contexts=contexts, picture=picture, loras=inputs.loras)
         steps = plan.steps[start.next_step :]
-        bound_blocks(model, [plan], inputs.loras)
-        with model.passes([step.expert for step in steps]):
-            end = denoise(model, plan, start, steps, conditions, on_step=on_step, on_state=on_state, progress=progress)
+        pictures = None if on_preview is None else _as_pictures(model, on_preview)
+        chunking = bound_blocks(model, [plan], inputs.loras)
+        with model.passes(experts_of_passes(steps, chunking)):
+            end = denoise(
+                model,
+                plan,
+                start,
+                steps,
+                conditions,
+                chunking,
+                on_step=on_step,
+                on_state=on_state,
+                progress=progress,
+                on_prediction=pictures,
+            )
         return end.latents[0]
+
+
+def _as_pictures(model: LoadedModel, on_preview: OnPreview) -> OnStep:
+    """Turn what is told of previews into what is told of latents."""
+    vae = load_vae(model.model.vae, model.config.vae, device=model.device, encoder=False)
+    factors = fit_factors(vae, model.device)
+    return lambda step, latents: on_preview(step, latents_to_rgb(latents, factors))
 
 
 @contextmanager
@@ -184,12 +207,12 @@ def encode_image(model: LoadedModel, plan: Plan, image: Image.Image, progress: O
         stride = model.config.vae.temporal_stride
         first = resize_bicubic(image_to_tensor(image), plan.width, plan.height)[None, :, None].to(model.device)
         grey = first.new_zeros(1, 3, stride, plan.height, plan.width)
-        chunks = chain([first], repeat(grey, (plan.num_frames - 1) // stride))
-        picture = image_condition(encode_chunks(model.vae_encoder(), chunks), temporal_stride=stride)
+        chunks = [first, *[grey] * ((plan.num_frames - 1) // stride)]
+        picture = image_condition(_encode_in_less_memory(model, plan, chunks), temporal_stride=stride)
     else:
         resized, box = ti2v_resize(image.width, image.height, plan.width, plan.height)
         pixels = resize_lanczos_crop(image, resized, box)
-        picture = encode(model.vae_encoder(), pixels[None, :, None].to(model.device))
+        picture = _encode_in_less_memory(model, plan, [pixels[None, :, None].to(model.device)])
     progress("image", 1, 1)
     return picture
 
@@ -200,105 +223,6 @@ def draw_noise(plan: Plan) -> Tensor:
     return torch.randn(plan.latent_shape, generator=generator, dtype=torch.float32)[None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What every step of a run is told besides its latents."""
-
-    contexts: list[Tensor]  # prompt, then negative prompt, [1, T, text channels] each
-    picture: Tensor | None = None  # as `encode_image` gives it
-    loras: tuple[Lora, ...] = ()
-
-
-def denoise(
-    model: LoadedModel,
-    plan: Plan,
-    start: RunState,
-    steps: Sequence[Step],
-    conditions: Conditions,
-    *,
-    on_step: OnStep | None,
-    on_state: OnState | None,
-    progress: OnProgress,
-) -> RunState:
-    """Take steps of the plan, from `start` on; after the last one of the plan the latents are clean."""
-    solver = SOLVERS[plan.solver]
-    state = map_state(start, model.device)
-    first_frame = conditions.picture if plan.task == "ti2v" else None
-    latents, history = keep_first_frame(state.latents, first_frame), state.history
-    text_memories: dict[ExpertName, TextMemory] = {}
-    for step in steps:
-        progress("steps", step.index, len(plan.steps))
-        text_memories = {step.expert: text_memories.get(step.expert) or TextMemory()}  # the other expert's makes room
-        velocity = _velocity_in_less_memory(model, plan, step, latents, conditions, text_memories[step.expert])
-        latents, history = solver(latents, velocity, step, history)
-        latents = keep_first_frame(latents, first_frame)
-        _refuse_non_finite(latents, step, plan)
-        state = RunState(step.index + 1, latents, history)
-        if on_step is not None:
-            on_step(step, latents[0].clone())
-        if on_state is not None:
-            on_state(state)
-    progress("steps", state.next_step, len(plan.steps))
-    return state
-
-
-def _velocity_in_less_memory(
-    model: LoadedModel, plan: Plan, step: Step, latents: Tensor, conditions: Conditions, text_memory: TextMemory
-) -> Tensor:
-    """Predict the guided velocity; when memory runs out, let blocks go and take the same step again."""
-    while True:
-        try:
-            return guided_velocity(model, plan, step, latents, conditions, text_memory)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        # Outside of the handler, which would keep what the failed step had allocated.
-        if not model.make_room([later.expert for later in plan.steps[step.index :]]):
-            raise MemoryBudgetError(
-                f"step {step.index + 1} of {step.num_steps}: out of memory with the fewest blocks that can be kept"
-                f" ({reason}); try a smaller size or fewer frames"
-            )
-        _log.warning("step %d: out of memory; it is taken again with fewer blocks on the device", step.index + 1)
-
-
-def _refuse_non_finite(latents: Tensor, step: Step, plan: Plan) -> None:
-    """Stop at the step that went wrong: everything after it would be computed for nothing."""
-    if bool(torch.isfinite(latents).all()):
-        return
-    remedy = "try precision fp32" if plan.precision == "exact" else "the expert's weights may be damaged"
-    raise NumericsError(
-        f"step {step.index + 1} of {step.num_steps} ({step.expert}): latents are not finite any more; {remedy}"
-    )
-
-
-def guided_velocity(
-    model: LoadedModel,
-    plan: Plan,
-    step: Step,
-    latents: Tensor,
-    conditions: Conditions,
-    text_memory: TextMemory | None = None,
-) -> Tensor:
-    """Predict the velocity with and without the prompt and combine them; with guidance 1 the second is not needed."""
-    outer, blocks = model.expert(step.expert, conditions.loras)
-    velocities = predict_velocities(
-        latents,
-        step.timestep,
-        conditions.contexts[: step.num_forwards],
-        outer,
-        blocks,
-        model.config.dit,
-        condition=conditions.picture if plan.task == "i2v" else None,
-        first_frame_timestep=0.0 if plan.task == "ti2v" and conditions.picture is not None else None,
-        text_memory=text_memory,
-    )
-    if step.num_forwards == 1:
-        return velocities[0]
-    with_prompt, without = velocities
-    return without + step.guidance * (with_prompt - without)
-
-
 @torch.no_grad()
 def decode_frames(
     model: LoadedModel, plan: Plan, latents: Tensor, on_progress: OnProgress | None = None
@@ -306,29 +230,58 @@ def decode_frames(
     """Decode latents [C, F, H, W] chunk by chunk; yields as `generate_frames` does."""
     progress = on_progress or _no_progress
     progress("decode", 0, plan.num_frames)
-    done = 0
-    with own_arithmetic(model):
-        chunks = decode(model.vae_decoder(), latents[None].to(model.device))
+    num_tiles, done = tiles_here(model, plan, "decode"), 0
+    chunks: Iterator[Tensor] | None = None
     while done < plan.num_frames:
         with own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
-            frames = to_uint8(_next_or_out_of_memory(chunks))
+            if chunks is None:
+                chunks = decode_pixels(
+                    model.vae_decoder(),
+                    latents[None].to(model.device),
+                    num_tiles,
+                    skip=done,
+                    on_frames=lambda share: progress("decode", share, plan.num_frames),
+                )
+            frames, reason = _next_or_out_of_memory(chunks)
+        if frames is None:
+            num_tiles, chunks = _more_tiles(model, plan, num_tiles, f"decode: out of memory ({reason})"), None
+            continue
         done += len(frames)
         yield frames
-        progress("decode", done, plan.num_frames)
 
 
-def _next_or_out_of_memory(chunks: Iterator[Tensor]) -> Tensor:
+def _next_or_out_of_memory(chunks: Iterator[Tensor]) -> tuple[Tensor | None, str]:
+    """Give the next chunk, or None and why; what the failed one had allocated is free by then."""
     try:
-        return next(chunks)
+        return next(chunks), ""
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-    raise MemoryBudgetError(f"decode: out of memory ({reason}); try a smaller size")
+        return None, str(error).splitlines()[0]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or _CPU_OUT_OF_MEMORY in str(error)
+def _encode_in_less_memory(model: LoadedModel, plan: Plan, chunks: Sequence[Tensor]) -> Tensor:
+    """Encode a picture, or a video that begins with it; when memory runs out, in more strips."""
+    vae, num_tiles = model.vae_encoder(), tiles_here(model, plan, "picture")
+    while True:
+        try:
+            return encode_chunks(vae, chunks, num_tiles)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        num_tiles = _more_tiles(model, plan, num_tiles, f"picture: out of memory ({reason})")
+
+
+def _more_tiles(model: LoadedModel, plan: Plan, num_tiles: int, what: str) -> int:
+    most = most_tiles(*plan.latent_shape[2:])
+    if num_tiles >= most:
+        raise MemoryBudgetError(f"{what}; try a smaller size")
+    more = min(2 * num_tiles, most)
+    _log.warning("%s; the picture is taken in %d strips", what, more)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return more
 
 
 def _counted(blocks: Iterator[Block], stage: str, total: int, progress: OnProgress) -> Iterator[Block]:

@@ -5,6 +5,7 @@ Every projection of the DiT and the text encoder goes through `linear`: storage 
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +34,9 @@ class Linear:
 def expand(weight: Weight) -> Tensor:
     """Return a weight as a plain tensor in its dtype; a plain tensor is returned as it is."""
     if isinstance(weight, ScaledWeight):
+        if weight.is_rotated:
+            wide = kernels.dequantize_scaled(weight.values, weight.scale, dtype=torch.float32)
+            return kernels.rotate(wide).to(weight.dtype)
         return kernels.dequantize_scaled(weight.values, weight.scale, dtype=weight.dtype)
     if isinstance(weight, GGUFWeight):
         return kernels.dequantize_gguf(weight.blocks, weight.kind, in_features=weight.in_features, dtype=weight.dtype)

@@ -3,16 +3,18 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from wanfast.adapter import Adapter, attach, make_adapter
 from wanfast.config import ExpertName, ModelConfig
+from wanfast.dit import packed
 from wanfast.dit import weights as dit_weights
 from wanfast.lora import Lora
 from wanfast.model import Model
 from wanfast.plan import Precision
-from wanfast.residency import Residency, to_device
+from wanfast.residency import Residency, Traffic, to_device
 from wanfast.text import weights as text_weights
 from wanfast.vae.weights import VAEWeights, load_vae
 from wanfast.weight_sizes import largest_block
@@ -34,7 +36,8 @@ class LoadedModel:
 
         Args:
             model: from `open_model`.
-            precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16.
+            precision: "fp32" everywhere; "exact" = bf16 where the reference computes in bf16; "fp8" or "int8" = that,
+                with the DiT's blocks multiplying in 8 bits.
             device: where everything is computed.
             vram: bytes of the device that an expert's blocks may keep; None is what is free, less room for activations.
             ram: bytes of host memory that blocks may take; None is what is free, less a reserve.
@@ -44,7 +47,13 @@ class LoadedModel:
         self.device = device
         self.vram, self.ram = vram, ram
         self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        largest = max(largest_block(reader, self.compute_dtype) for reader in model.experts.values())
+        self._eight_bit = packed.DTYPES.get(precision)
+        if self._eight_bit is not None and device.type == "cuda":
+            packed.refuse_unfit(model.config.dit, precision, device)
+        largest = max(
+            largest_block(reader, self.compute_dtype, in_8_bits=self._eight_bit is not None)
+            for reader in model.experts.values()
+        )
         layers = model.config.dit.num_layers
         self._residency = Residency(self._read_block, layers, device, vram, slot_bytes=largest, ram=ram)
         self._outers: dict[ExpertName, dit_weights.OuterWeights] = {}
@@ -56,21 +65,29 @@ class LoadedModel:
         """The model's row of the table, with its own sizes."""
         return self.model.config
 
+    @property
+    def traffic(self) -> Traffic:
+        """What of the experts' blocks was copied to the device so far, and waited for."""
+        return self._residency.traffic
+
     def expert(
-        self, name: ExpertName, loras: tuple[Lora, ...] = ()
-    ) -> tuple[dit_weights.OuterWeights, Iterator[dit_weights.BlockWeights]]:
+        self, name: ExpertName, loras: tuple[Lora, ...] = (), *, is_exact: bool = False
+    ) -> tuple[dit_weights.OuterWeights, Iterator[dit_weights.BlockWeights | packed.PackedBlock]]:
         """Give an expert's weights outside the blocks, and its blocks one by one, each until the next is asked for.
 
-        LoRAs are attached to what is given, not to what is kept: with others, or none, nothing is read anew.
+        LoRAs are attached to what is given, not to what is kept: with others, or none, nothing is read anew. Blocks
+        that multiply in 8 bits are packed, unless `is_exact` asks for the arithmetic of "exact" with the same weights.
         """
         if name not in self._outers:
             self._outers = {}  # the other expert's make room
             self._outers = {name: self._read_outer(name)}
         outer, blocks = self._outers[name], self._residency.blocks(name)
         adapter = self._adapter_for(name, loras)
-        if adapter is None:
+        if adapter is not None:
+            outer, blocks = attach(outer, adapter.outer), map(attach, blocks, adapter.blocks)
+        if self._eight_bit is None or is_exact:
             return outer, blocks
-        return attach(outer, adapter.outer), map(attach, blocks, adapter.blocks)
+        return outer, map(partial(packed.pack_block, dtype=self._eight_bit), blocks)
 
     @contextmanager
     def passes(self, experts: Sequence[ExpertName]) -> Iterator[None]:
@@ -97,8 +114,12 @@ class LoadedModel:
             return False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._residency.begin(experts)
+        self.announce(experts)
         return True
+
+    def announce(self, experts: Sequence[ExpertName]) -> None:
+        """Say anew which passes are left; inside `passes` only."""
+        self._residency.begin(experts)
 
     def text_encoder(self) -> tuple[text_weights.TextOuterWeights, Iterator[text_weights.TextBlockWeights]]:
         """Give the text encoder's weights outside the blocks, and its blocks, none of which is kept.
@@ -156,7 +177,8 @@ class LoadedModel:
         return to_device(outer, self.device)
 
     def _read_block(self, expert: ExpertName, index: int) -> dit_weights.BlockWeights:
-        return dit_weights.load_block(self.model.experts[expert], self.config.dit, index, self.compute_dtype)
+        block = dit_weights.load_block(self.model.experts[expert], self.config.dit, index, self.compute_dtype)
+        return block if self._eight_bit is None else packed.prepare_block(block, self._eight_bit)
 
     def _read_text_block(self, _: str, index: int) -> text_weights.TextBlockWeights:
         return text_weights.load_block(self.model.text, self.config.text, index, self.compute_dtype)

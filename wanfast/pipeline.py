@@ -5,21 +5,22 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import SolverName
+from wanfast.denoise import OnProgress, OnStep
 from wanfast.errors import RequestError
 from wanfast.forecast import budget_here
-from wanfast.generation import Inputs, OnProgress, OnStep, generate_frames, generate_latents
+from wanfast.generation import Inputs, OnPreview, generate_frames, generate_latents
 from wanfast.images import ImageSource, load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora, LoraSpec, file_digest, open_loras
-from wanfast.model import open_model, vae_parameters
-from wanfast.plan import Plan, Precision, make_plan
+from wanfast.model import Model, open_model, vae_parameters
+from wanfast.plan import EIGHT_BIT, Plan, Precision, dit_parameters, make_plan
 from wanfast.presets import apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
@@ -39,7 +40,7 @@ def load(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    precision: Literal["auto", "fp32", "exact"] = "auto",
+    precision: Literal["auto", "fp32", "exact", "fp8", "int8"] = "auto",
     vram: int | str | None = None,
     ram: int | str | None = None,
     device: str | torch.device | None = None,
@@ -55,8 +56,9 @@ def load(
         vae: file, instead of the model's own or the one near it.
         text_encoder: file or folder, likewise.
         tokenizer: `tokenizer.json` or `spiece.model`, likewise.
-        precision: "fp32" everywhere, or "exact" = bf16 where the reference computes in bf16; "auto" is "exact" on a
-            GPU, else "fp32".
+        precision: "fp32" everywhere; "exact" = bf16 where the reference computes in bf16; "fp8" or "int8" = the DiT's
+            blocks multiply in 8 bits, with the errors that docs/numerics.md states; "auto" is "exact" on a GPU, else
+            "fp32".
         vram: device memory that weights may keep, in bytes or as "24GB"; None is what is free.
         ram: host memory that may be used, likewise.
         device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one.
@@ -78,8 +80,8 @@ def open_loaded(
     ram: int | str | None = None,
 ) -> LoadedModel:
     """Open a model's files for a device and a precision; arguments and errors as in `load`."""
-    if precision not in ("auto", "fp32", "exact"):
-        raise RequestError(f"precision: must be auto, fp32 or exact, got {precision!r}")
+    if precision not in ("auto", *get_args(Precision)):
+        raise RequestError(f"precision: must be auto, {', '.join(get_args(Precision))}, got {precision!r}; try auto")
     place = _device(device)
     budget = None if vram is None else parse_bytes("vram", vram)
     host_budget = None if ram is None else parse_bytes("ram", ram)
@@ -88,8 +90,22 @@ def open_loaded(
     opened = open_model(ensure_tiny() if is_built_in else sources)
     if is_built_in:  # every machine has its own: a clip must not name this one's folder
         opened = replace(opened, found_at=None)
-    chosen: Precision = "fp32" if is_fp32 else "exact"
+    _warn_of_rounding(opened, precision)
+    chosen = "fp32" if is_fp32 else "exact" if precision == "auto" else cast(Precision, precision)
     return LoadedModel(opened, precision=chosen, device=place, vram=budget, ram=host_budget)
+
+
+def _warn_of_rounding(model: Model, precision: str) -> None:
+    """Say what 8 bits cost a large model whose files have 16 or 32."""
+    is_large = dit_parameters(model.config.dit) > 10**9
+    matrix = "blocks.0.ffn.0.weight"
+    if precision in EIGHT_BIT and is_large and any(one.ref(matrix).stored_as is None for one in model.experts.values()):
+        _log.warning(
+            "precision %s: 16-bit weights are rounded each time they are loaded, which takes minutes;"
+            " `wanfast convert --precision %s` does it once",
+            precision,
+            precision,
+        )
 
 
 def plan_for(model: LoadedModel, request: Request) -> Plan:
@@ -212,6 +228,7 @@ class Pipeline:
         context: Tensor | None = None,
         on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
+        preview: OnPreview | None = None,
         output: Literal["video", "latents"] = "video",
     ) -> Video | Tensor:
         """Make one video. What is None is the model's own value, which for the Wan models is the reference's.
@@ -240,6 +257,8 @@ class Pipeline:
             context: prompt and negative prompt encoded [2, T <= 512, text channels], instead of the prompts.
             on_step: called after each step with the step and a copy of its latents [C, F, H, W], fp32.
             on_progress: called with a stage's name, its parts done and its parts in all.
+            preview: called after each step with the step and small pictures of the video as it predicts it, uint8
+                [F, H, W, 3] in the size of the latents; milliseconds each.
             output: "latents" stops before decoding.
 
         Returns:
@@ -277,8 +296,19 @@ class Pipeline:
         opened = open_loras(loras, self.loaded.config, self.loaded.model.experts, merge=merge_loras)
         warn_of_preset(self.loaded, plan, opened)
         inputs = Inputs(image=picture, latents=latents, context=context, loras=opened)
+        told: dict[str, Any] = {"on_step": on_step, "on_progress": on_progress, "on_preview": preview}
         if output == "latents":
-            return generate_latents(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress)
-        chunks = list(generate_frames(self.loaded, plan, inputs, on_step=on_step, on_progress=on_progress))
+            return generate_latents(self.loaded, plan, inputs, **told)
+        frames = _collect(generate_frames(self.loaded, plan, inputs, **told), plan)
         image_path = str(Path(image).absolute()) if isinstance(image, str | os.PathLike) else None
-        return Video(torch.cat(chunks), plan.fps, settings_for(self.loaded, plan, inputs, image_path))
+        return Video(frames, plan.fps, settings_for(self.loaded, plan, inputs, image_path))
+
+
+def _collect(chunks: Iterable[Tensor], plan: Plan) -> Tensor:
+    """Put all frames into one tensor as they come, which lets a GPU's pinned memory go for the next."""
+    frames = torch.empty(plan.num_frames, plan.height, plan.width, 3, dtype=torch.uint8)
+    done = 0
+    for chunk in chunks:
+        frames[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return frames

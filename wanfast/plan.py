@@ -35,7 +35,8 @@ from wanfast.request import (
 from wanfast.schedule import sigmas_and_timesteps
 from wanfast.solvers import Step
 
-Precision = Literal["fp32", "exact"]
+Precision = Literal["fp32", "exact", "fp8", "int8"]
+EIGHT_BIT: tuple[Precision, ...] = ("fp8", "int8")  # those that multiply in 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +193,26 @@ def weight_parts(config: ModelConfig, precision: Precision, *, vae_parameters: i
     """Count the parameters and bytes of each part, in the order they are first used.
 
     exact keeps norms, modulation, the timestep's layers and the head in fp32, and the rest of the DiT and the text
-    encoder in 16 bits. The VAE is fp32 in every precision, and is left out where its size is not given.
+    encoder in 16 bits; fp8 and int8 have the matrices of the DiT's blocks in 8. The VAE is fp32 in every precision, and
+    is left out where its size is not given.
     """
     wide, narrow = 4, 4 if precision == "fp32" else 2
     text = text_parameters(config.text)
     in_fp32 = _fp32_dit_parameters(config.dit)
     in_all = dit_parameters(config.dit)
     dit_bytes = in_fp32 * wide + (in_all - in_fp32) * narrow
+    if precision in EIGHT_BIT:
+        dit_bytes -= config.dit.num_layers * _block_matrices(config.dit)  # their scales are a share of 1 / 1,000
     parts = [Part("text encoder", text, text * narrow)]
     parts += [Part(expert.name, in_all, dit_bytes) for expert in config.experts]
     if vae_parameters is not None:
         parts.append(Part("VAE", vae_parameters, vae_parameters * wide))
     return tuple(parts)
+
+
+def _block_matrices(config: DiTConfig) -> int:
+    """Count the parameters of one block's projections."""
+    return 8 * config.dim * config.dim + 2 * config.dim * config.ffn_dim
 
 
 def dit_parameters(config: DiTConfig) -> int:

@@ -44,11 +44,13 @@ def show_plan(arguments: argparse.Namespace) -> None:
 
 def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> tuple[Plan, Forecast]:
     """Plan for a model of the table: no file is needed, and any machine can be asked about."""
-    precision: Precision = "fp32" if arguments.precision == "fp32" else "exact"
+    precision: Precision = "exact" if arguments.precision == "auto" else arguments.precision
     image = load_image(arguments.image) if arguments.image else None
     request = request_for(arguments, row, image)
     gpu, vram, ram = _limits(arguments)
     device = _device_to_plan_for(arguments.device or "cuda")
+    if precision == "fp8" and gpu is not None and not gpu.has_e4m3:
+        raise RequestError(f"precision: fp8 needs a GPU of compute capability 8.9 or more, got {gpu.name}; try int8")
     plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
     loras = open_loras(arguments.lora, row, merge=arguments.merge_loras)
     note(arguments, *map(describe_lora, loras))

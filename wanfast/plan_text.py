@@ -6,6 +6,7 @@ from typing import Any
 
 from wanfast.budget import Budget, gigabytes
 from wanfast.config import DEFAULT_NEGATIVE_PROMPT
+from wanfast.dit.chunking import CHUNKINGS
 from wanfast.plan import Part, Plan
 from wanfast.predict import Prediction
 from wanfast.solvers import Step
@@ -96,6 +97,12 @@ def _memory_lines(budget: Budget) -> Iterator[str]:
         for what, size in sorted(stage.items.items(), key=lambda item: -item[1]):
             yield f"  {what:<38}{gigabytes(size):>10}"
     yield _why(budget)
+    if budget.chunking != CHUNKINGS[0]:
+        turns = ", with and without the prompt in turn" if budget.chunking.in_turn else ""
+        yield f"to fit, {budget.chunking.tokens} tokens are computed at a time{turns}"
+    for name, tiling in budget.tilings.items():
+        if tiling.num_tiles > 1:
+            yield f"{name}: in {tiling.num_tiles} strips without a seam; whole pictures need {gigabytes(tiling.whole)}"
     host = sum(budget.host.values())
     yield f"host: {gigabytes(host)}" + ("" if budget.host_limit is None else f" of {gigabytes(budget.host_limit)}")
     for what, size in budget.host.items():

@@ -49,7 +49,7 @@ class Prediction:
 
 def datasheet_rates(gpu: Gpu, plan: Plan) -> Rates:
     """Take the rates of a card for a plan's precision; the VAE computes in fp32 in each."""
-    dit = gpu.flops_32 if plan.precision == "fp32" else gpu.flops_16
+    dit = {"fp32": gpu.flops_32, "exact": gpu.flops_16}.get(plan.precision, gpu.flops_8)
     return Rates(dit, gpu.flops_32, gpu.link, "computed")
 
 
@@ -67,15 +67,18 @@ def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget,
         The prediction. Reading files is not in it: blocks are taken to be in host memory.
     """
     blocks = config.dit.num_layers
-    accesses: list[Key] = [(step.expert, index) for step in plan.steps for index in range(blocks)]
+    passes = [(step.num_forwards if budget.chunking.in_turn else 1) for step in plan.steps]
+    accesses: list[Key] = []
+    compute: list[float] = []
+    lasts: list[int] = []  # the last access of each step
+    for step, count in zip(plan.steps, passes, strict=True):
+        seconds_each = step.num_forwards * plan.flops_per_forward / count / blocks / rates.dit_flops
+        accesses += [(step.expert, index) for _ in range(count) for index in range(blocks)]
+        compute += [seconds_each] * (count * blocks)
+        lasts.append(len(accesses) - 1)
     schedule = plan_moves(accesses, budget.num_slots)
-    compute = [
-        step.num_forwards * plan.flops_per_forward / blocks / rates.dit_flops
-        for step in plan.steps
-        for _ in range(blocks)
-    ]
     timeline = simulate(schedule, compute, [sizes.slot / rates.link] * len(schedule.moves))
-    ends = [timeline.accesses[(index + 1) * blocks - 1].end for index in range(len(plan.steps))]
+    ends = [timeline.accesses[last].end for last in lasts]
     lasting = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
     firsts = {next(step.index for step in plan.steps if step.expert == name) for name in plan.steps_per_expert}
     later = [seconds for index, seconds in enumerate(lasting) if index not in firsts] or lasting
@@ -83,16 +86,16 @@ def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget,
     text_blocks = config.text.num_layers * sizes.text_slot / rates.link
     seconds = {
         "text": text_blocks,
-        **({"picture": _encode_flops(config, plan) / rates.vae_flops} if plan.image_size is not None else {}),
+        **({"picture": _encode_flops(config, plan, budget) / rates.vae_flops} if plan.image_size is not None else {}),
         "steps": timeline.seconds,
-        "decode": _decode_flops(config, plan) / rates.vae_flops,
+        "decode": _decode_flops(config, plan, budget) / rates.vae_flops,
     }
     return Prediction(
         seconds=seconds,
         seconds_per_step=sum(later) / len(later),
         stall=sum(timeline.stalls),
         copied=len(schedule.moves) * sizes.slot,
-        switch_stall=sum(timeline.stalls[switch * blocks : (switch + 1) * blocks]) if switch else 0.0,
+        switch_stall=sum(timeline.stalls[lasts[switch - 1] + 1 : lasts[switch] + 1]) if switch else 0.0,
         source=rates.source,
     )
 
@@ -110,16 +113,28 @@ def prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _decode_flops(config: ModelConfig, plan: Plan) -> int:
+def decode_chunk_flops(config: ModelConfig, plan: Plan) -> int:
+    """Count the FLOPs of decoding one latent frame after the first, the picture whole."""
+    rows, columns = plan.latent_shape[2:]
+    return decode_activations(config.vae, rows=rows, columns=columns, num_frames=2).chunk_flops
+
+
+def _decode_flops(config: ModelConfig, plan: Plan, budget: Budget) -> int:
     frames, rows, columns = plan.latent_shape[1:]
-    first, later = (decode_activations(config.vae, rows=rows, columns=columns, num_frames=count) for count in (1, 2))
+    num_tiles = budget.tilings["decode"].num_tiles
+    first, later = (
+        decode_activations(config.vae, rows=rows, columns=columns, num_frames=count, num_tiles=num_tiles)
+        for count in (1, 2)
+    )
     return _chunks_flops(first, later, frames)
 
 
-def _encode_flops(config: ModelConfig, plan: Plan) -> int:
+def _encode_flops(config: ModelConfig, plan: Plan, budget: Budget) -> int:
     frames = plan.latent_shape[1] if plan.task == "i2v" else 1
+    num_tiles = budget.tilings["picture"].num_tiles
     first, later = (
-        encode_activations(config.vae, height=plan.height, width=plan.width, num_frames=count) for count in (1, 2)
+        encode_activations(config.vae, height=plan.height, width=plan.width, num_frames=count, num_tiles=num_tiles)
+        for count in (1, 2)
     )
     return _chunks_flops(first, later, frames)
 

@@ -1,11 +1,11 @@
-"""Solvers of the flow ODE d latents / d sigma = velocity: each is a function that takes one step.
+"""Solvers of the flow ODE d latents / d sigma = velocity: each gives the weights of one step, which one pass takes.
 
 With alpha = 1 - sigma and lambda = ln alpha - ln sigma, the clean latents that a velocity implies are
 x0 = latents - sigma velocity. unipc and dpmpp extrapolate x0 over lambda from the last two steps; euler follows the
 velocity.
 
-Coefficients are computed in fp32 on the CPU and combined before they meet a tensor, as in the reference, so results
-agree with it to the last bits, and no step waits for a device. Tensors stay where they are.
+Every step is a sum of the latents, the velocity, x0 and what is remembered, with weights that the sigmas settle: they
+are computed in fp32 on the CPU, as in the reference, and no step waits for a device. Tensors stay where they are.
 
 Source: Wan-Video/Wan2.2, wan/utils/fm_solvers_unipc.py and fm_solvers.py.
 UniPC: arXiv 2302.04867. DPM-Solver++: arXiv 2211.01095.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wanfast.config import ExpertName, SolverName
+from wanfast.kernels import Correction, Update, guided_update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,67 +49,87 @@ class History:
     latents: Tensor  # what the last step started from, after its correction
 
 
-Solver = Callable[[Tensor, Tensor, Step, History | None], tuple[Tensor, History | None]]
+Solver = Callable[[Step, tuple[float, ...]], Update]  # (step, sigmas of what is remembered) -> weights
 
 
-def unipc(latents: Tensor, velocity: Tensor, step: Step, history: History | None) -> tuple[Tensor, History | None]:
-    """Take one step of UniPC, order 2 (B(h) = e^h - 1): correct the last step by the new velocity, then predict.
+def take_step(
+    solver: SolverName,
+    latents: Tensor,
+    velocity: Tensor,
+    step: Step,
+    history: History | None,
+    *,
+    without: Tensor | None = None,
+) -> tuple[Tensor, History | None]:
+    """Guide the velocity and take one step.
 
     Args:
+        solver: a key of SOLVERS.
         latents: any shape, fp32, at step.sigma.
-        velocity: DiT output at the latents, guided; the latents' shape, fp32.
+        velocity: of the DiT at the latents, with the prompt; like the latents.
         step: the step to take.
         history: what the step before returned; None on the first.
+        without: the velocity without the prompt, likewise, where the step's guidance asks for it.
 
     Returns:
-        Latents at step.sigma_next, and the history for the next step. No input is written to.
+        Latents at step.sigma_next, and the history for the next step; None where it needs none. No input is written to.
     """
-    prediction = latents - step.sigma * velocity
+    sigmas = () if history is None else history.sigmas
+    update = SOLVERS[solver](step, sigmas)
+    past = () if history is None else (history.latents, *reversed(history.predictions))
+    past = past[: len(update.past)]
+    latents, velocity = latents.contiguous(), velocity.contiguous()
+    without = None if without is None else without.contiguous()
+    done = guided_update(latents, velocity, update, without=without, guidance=step.guidance, past=past)
+    if solver == "euler" or step.sigma_next == 0.0:
+        return done.latents, None
+    kept = history if solver == "unipc" and history is not None else History((), (), latents)
+    predictions, sigmas = (*kept.predictions[-1:], done.prediction), (*kept.sigmas[-1:], step.sigma)
+    return done.latents, History(predictions, sigmas, done.start)
+
+
+def unipc(step: Step, sigmas: tuple[float, ...]) -> Update:
+    """Weigh a step of UniPC, order 2 (B(h) = e^h - 1): correct the last step by the new velocity, then predict.
+
+    Args:
+        step: the step to take.
+        sigmas: of the predictions that are remembered, at most two, the newest last.
+
+    Returns:
+        Weights; the past is what the last step started from, then its prediction, then the one before that.
+    """
     if step.sigma_next == 0.0:
-        return prediction, None  # the limit of the formula; a correction of `latents` has no weight in it
-    if history is None:
-        history = History((prediction,), (step.sigma,), latents)
-    else:
-        corrected = _correct(prediction, step.sigma, history)
-        history = History(
-            (*history.predictions[-1:], prediction),
-            (*history.sigmas[-1:], step.sigma),
-            corrected,
-        )
-    return _predict(step.sigma_next, history), history
+        return _to_clean(step)  # the limit of the formula; a correction of the latents has no weight in it
+    span = _Span.between(step.sigma, step.sigma_next)
+    if not sigmas:
+        return Update(sigma=step.sigma, start=span.ratio, prediction=-span.gain)
+    slope = -0.5 * span.gain / _position(sigmas[-1], step.sigma, span.h)
+    rest = (0.0,) * (len(sigmas) - 1)
+    return Update(
+        sigma=step.sigma,
+        start=span.ratio,
+        prediction=-span.gain - slope,
+        past=(0.0, slope, *rest),
+        correction=_correction(step.sigma, sigmas),
+    )
 
 
-def _predict(sigma_next: float, history: History) -> Tensor:
-    """Carry history.latents from the newest sigma on to sigma_next: UniP, of order 1 on the first step, then 2."""
-    span = _Span.between(history.sigmas[-1], sigma_next)
-    base = span.ratio * history.latents - span.gain * history.predictions[-1]
-    if len(history.predictions) == 1:
-        return base
-    return base - span.gain * (0.5 * _slope(history, span.h))
-
-
-def _correct(prediction: Tensor, sigma: float, history: History) -> Tensor:
+def _correction(sigma: float, sigmas: tuple[float, ...]) -> Correction:
     """Redo the last step, now that x0 at its end is known: UniC, of the order the last prediction had."""
-    span = _Span.between(history.sigmas[-1], sigma)
-    newest = history.predictions[-1]
-    base = span.ratio * history.latents - span.gain * newest
-    change = prediction - newest
-    if len(history.predictions) == 1:
-        return base - span.gain * (0.5 * change)
-    weight, weight_end = _corrector_weights(_position(history, span.h), span.h)
-    return base - span.gain * (weight * _slope(history, span.h) + weight_end * change)
+    span = _Span.between(sigmas[-1], sigma)
+    if len(sigmas) == 1:
+        return Correction(prediction=-0.5 * span.gain, past=(span.ratio, -0.5 * span.gain))
+    position = (_lambda(sigmas[-2]) - _lambda(sigmas[-1])) / span.h
+    weight, weight_end = _corrector_weights(position, span.h)
+    slope = span.gain * (weight / position.item())
+    return Correction(
+        prediction=-span.gain * weight_end, past=(span.ratio, span.gain * (weight_end - 1) + slope, -slope)
+    )
 
 
-def _slope(history: History, h: Tensor) -> Tensor:
-    """Difference of the two remembered predictions, in units of a step of length h in lambda."""
-    older, newest = history.predictions
-    return (older - newest) / _position(history, h).item()
-
-
-def _position(history: History, h: Tensor) -> Tensor:
+def _position(older: float, newest: float, h: Tensor) -> float:
     """Where the older prediction lies in lambda, counted from the newest in units of h; negative."""
-    older, newest = history.sigmas
-    return (_lambda(older) - _lambda(newest)) / h
+    return ((_lambda(older) - _lambda(newest)) / h).item()
 
 
 def _corrector_weights(position: Tensor, h: Tensor) -> tuple[float, float]:
@@ -122,47 +143,37 @@ def _corrector_weights(position: Tensor, h: Tensor) -> tuple[float, float]:
     return weights[0].item(), weights[1].item()
 
 
-def dpmpp_2m(latents: Tensor, velocity: Tensor, step: Step, history: History | None) -> tuple[Tensor, History | None]:
-    """Take one step of DPM-Solver++ 2M (midpoint, deterministic); the first and the last step are of order 1.
+def dpmpp_2m(step: Step, sigmas: tuple[float, ...]) -> Update:
+    """Weigh a step of DPM-Solver++ 2M (midpoint, deterministic); the first and the last step are of order 1.
 
     Where the run starts at sigma 1, lambda is -inf there and the second step is of order 1 too, by the same formula.
 
     Args:
-        latents: any shape, fp32, at step.sigma.
-        velocity: DiT output at the latents, guided; the latents' shape, fp32.
         step: the step to take.
-        history: what the step before returned; None on the first.
+        sigmas: of the prediction that is remembered, if there is one.
 
     Returns:
-        Latents at step.sigma_next, and the history for the next step. No input is written to.
+        Weights; the past is as for `unipc`.
     """
-    prediction = latents - step.sigma * velocity
     if step.sigma_next == 0.0:
-        return prediction, None  # the limit of the formula
+        return _to_clean(step)  # the limit of the formula
     span = _Span.between(step.sigma, step.sigma_next)
-    gain = _alpha(step.sigma_next) * (torch.exp(-span.h) - 1.0)
-    result = span.ratio * latents - gain.item() * prediction
-    if history is not None:
-        behind = _lambda(step.sigma) - _lambda(history.sigmas[-1])
-        slope = (1.0 / (behind / span.h)).item() * (prediction - history.predictions[-1])
-        result = result - (0.5 * gain).item() * slope
-    return result, History((prediction,), (step.sigma,), latents)
+    gain = (_alpha(step.sigma_next) * (torch.exp(-span.h) - 1.0)).item()
+    if not sigmas:
+        return Update(sigma=step.sigma, start=span.ratio, prediction=-gain)
+    behind = _lambda(step.sigma) - _lambda(sigmas[-1])
+    slope = 0.5 * gain / (behind / span.h).item()
+    return Update(sigma=step.sigma, start=span.ratio, prediction=-gain - slope, past=(0.0, slope))
 
 
-def euler(latents: Tensor, velocity: Tensor, step: Step, history: History | None) -> tuple[Tensor, History | None]:
-    """Follow the velocity in a straight line from step.sigma to step.sigma_next.
-
-    Args:
-        latents: any shape, fp32, at step.sigma.
-        velocity: DiT output at the latents, guided; the latents' shape, fp32.
-        step: the step to take.
-        history: returned as it came; one step needs no other.
-
-    Returns:
-        Latents at step.sigma_next, and the history. No input is written to.
-    """
+def euler(step: Step, sigmas: tuple[float, ...]) -> Update:
+    """Weigh a straight line along the velocity from step.sigma to step.sigma_next; nothing is remembered."""
     length = _scalar(step.sigma_next) - _scalar(step.sigma)
-    return latents + length.item() * velocity, history
+    return Update(sigma=step.sigma, start=1.0, velocity=length.item())
+
+
+def _to_clean(step: Step) -> Update:
+    return Update(sigma=step.sigma, start=0.0, prediction=1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ class ScaledWeight:
         Tensor  # fp32: [] for all, [out, 1] per output channel, or [out / 128, in / 128] (rounded up) per square block
     )
     dtype: torch.dtype  # it expands to
+    # What 8-bit arithmetic asks for. int8: each 128 input channels were multiplied by the Hadamard matrix before
+    # rounding. e4m3: no number is beyond 28, so that FP16 sums of products hold.
+    is_rotated: bool = False
+    is_narrow: bool = False
 
     @property
     def shape(self) -> torch.Size:

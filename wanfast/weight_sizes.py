@@ -11,7 +11,7 @@ from wanfast.config import ModelConfig
 from wanfast.dit import weights as dit_weights
 from wanfast.errors import RequestError
 from wanfast.kernels.gguf_blocks import FORMATS
-from wanfast.plan import Precision
+from wanfast.plan import EIGHT_BIT, Precision
 from wanfast.residency import packed_bytes
 from wanfast.text import weights as text_weights
 from wanfast.vae.sizes import expected_tensors as vae_tensors
@@ -53,9 +53,12 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
     Args:
         config: the model.
         precision: it computes in.
-        stored: one of STORED; bf16 becomes the precision's dtype when it is loaded, the others stay as they are.
+        stored: one of STORED; bf16 becomes the precision's dtype when it is loaded, as 8 bits of another kind do where
+            it computes in 8; the others stay as they are.
     """
     itemsize = 4 if precision == "fp32" else 2
+    if precision in EIGHT_BIT and stored in ("bf16", *EIGHT_BIT):
+        stored = precision
     block, outer, text = [], 0, []
     for name, shape in dit_weights.expected_tensors(config.dit).items():
         if name.startswith("blocks.0."):
@@ -72,16 +75,22 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
         vae_encoder=vae_bytes(config, "encoder"),
         vae_decoder=vae_bytes(config, "decoder"),
         stored=stored,
-        is_expanded=stored != "bf16",
+        is_expanded=stored not in ("bf16", precision),
     )
 
 
-def largest_block(reader: Reader, dtype: torch.dtype) -> int:
-    """Bytes that the largest block takes in a slot at most, from the headers alone."""
+def largest_block(reader: Reader, dtype: torch.dtype, *, in_8_bits: bool = False) -> int:
+    """Bytes that the largest block takes in a slot at most, from the headers alone.
+
+    Args:
+        reader: of a DiT or a text encoder.
+        dtype: of what is not stored in fewer bits.
+        in_8_bits: whether projections are rounded to 8 bits when they are loaded.
+    """
     sizes: dict[str, list[int]] = {}
     for name in reader.names():
         if name.startswith("blocks."):
-            sizes.setdefault(name.split(".")[1], []).extend(_stored_bytes(reader, name, dtype))
+            sizes.setdefault(name.split(".")[1], []).extend(_stored_bytes(reader, name, dtype, in_8_bits))
     return max(packed_bytes(block) for block in sizes.values())
 
 
@@ -107,10 +116,12 @@ def _tensor_bytes(shape: tuple[int, ...], stored: str, itemsize: int) -> list[in
     return [math.prod(shape) // form.elements * form.num_bytes]
 
 
-def _stored_bytes(reader: Reader, name: str, dtype: torch.dtype) -> list[int]:
+def _stored_bytes(reader: Reader, name: str, dtype: torch.dtype, in_8_bits: bool) -> list[int]:
     ref = reader.ref(name)
     if len(ref.shape) != 2 or "pos_embedding" in name or not name.endswith(".weight"):
         return [math.prod(ref.shape) * 4]  # fp32 at most
+    if ref.stored_as is None and in_8_bits:
+        return [math.prod(ref.shape), ref.shape[0] * 4]
     if ref.stored_as is None:
         return [math.prod(ref.shape) * dtype.itemsize]
     scale = max(ref.shape[0], math.prod(-(-size // 128) for size in ref.shape)) * 4

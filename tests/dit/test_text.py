@@ -117,14 +117,35 @@ def test_what_is_beyond_the_limit_is_made_again(made: list[int]) -> None:
 
 
 def test_the_limit_is_free_again_for_other_contexts() -> None:
-    memory = TextMemory(limit=100)
-    kept = KeyValues(torch.zeros(1, 1, 1, 10), torch.zeros(1, 1, 1, 10), 1)  # 80 bytes
-    memory.texts([CONTEXTS[0]], OUTER, CONFIG)
-    assert memory.key_values(0, 0, lambda: kept) is kept
-    memory.texts([CONTEXTS[1]], OUTER, CONFIG)
-    other = KeyValues(torch.ones(1, 1, 1, 10), torch.ones(1, 1, 1, 10), 1)
-    assert memory.key_values(0, 0, lambda: other) is other
-    assert memory.key_values(0, 0, lambda: kept) is other
+    memory, others = TextMemory(limit=100), [context.clone() for context in CONTEXTS]
+
+    def rows(number: float) -> KeyValues:
+        return KeyValues(torch.full((1, 1, 1, 10), float(number)), torch.zeros(1, 1, 1, 10), 1)  # 80 bytes
+
+    (prompt,) = memory.texts([CONTEXTS[0]], OUTER, CONFIG)
+    assert memory.key_values(prompt, 0, lambda: rows(1)).keys[0, 0, 0, 0] == 1
+    assert memory.key_values(prompt, 0, lambda: rows(2)).keys[0, 0, 0, 0] == 1
+    for text in memory.texts(others, OUTER, CONFIG)[:1]:
+        assert memory.key_values(text, 0, lambda: rows(3)).keys[0, 0, 0, 0] == 3
+        assert memory.key_values(text, 0, lambda: rows(4)).keys[0, 0, 0, 0] == 3
+
+
+def test_what_is_let_go_is_made_again(made: list[int]) -> None:
+    want, memory = predict(), TextMemory()
+    made.clear()
+    predict(memory)
+    memory.let_go(0)
+    got = predict(memory)
+    assert len(made) == 12
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+def test_prompts_may_take_turns(made: list[int]) -> None:
+    memory = TextMemory()
+    for _ in range(3):
+        for context in CONTEXTS:
+            predict(memory, [context])
+    assert len(made) == 6
 
 
 def test_block_0_attends_to_itself_once_for_both_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Fresh memory is NaN, or -128, inside a fence: no kernel passes by luck that skips an element or writes past its end."""
+"""Fresh memory is NaN, or -128, inside a fence: no kernel passes by luck that skips an element or writes past it."""
 
 from collections.abc import Callable, Iterator
 

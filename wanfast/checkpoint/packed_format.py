@@ -6,7 +6,8 @@ So one mapping, or one copy, brings a block. Within it wider dtypes stand first,
 dtype follow each other in the order of the model, so that the matrices of q, k and v are also one matrix. The padding
 is a tensor of its own, as the format leaves no gaps. A weight that is stored small keeps its bytes:
 
-    <layer>.weight, <layer>.weight_scale    scaled 8-bit numbers, as `open_scaled` reads them
+    <layer>.weight, <layer>.weight_scale    scaled 8-bit numbers, as `open_scaled` reads them; weight_scale_rotated and
+                                            weight_scale_narrow where they are (stored.py)
     <layer>.weight.Q4_K, ...                rows of GGUF blocks, uint8 [out, bytes of a row]
 
 Source: https://github.com/huggingface/safetensors, README, "Format".
@@ -56,10 +57,15 @@ class Group:
 def stored_tensors(name: str, weight: Weight) -> dict[str, Tensor]:
     """Give the plain tensors that hold a weight in a file, by the names they get there; no numbers change."""
     if isinstance(weight, ScaledWeight):
-        return {name: weight.values, f"{name}_scale": weight.scale}
+        return {name: weight.values, scale_name(name, weight.is_rotated, weight.is_narrow): weight.scale}
     if isinstance(weight, GGUFWeight):
         return {f"{name}.{weight.kind}": weight.blocks}
     return {name: weight}
+
+
+def scale_name(weight: str, is_rotated: bool, is_narrow: bool) -> str:
+    """Name the scale of an 8-bit weight, so that nobody takes the numbers for others."""
+    return f"{weight}_scale{'_rotated' if is_rotated else '_narrow' if is_narrow else ''}"
 
 
 def packed_refs(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:

@@ -1,32 +1,42 @@
-"""Weights to 8 bits, once, ahead of time: symmetric, one scale per output channel.
+"""Weights to 8 bits, as 8-bit arithmetic takes them: symmetric, one scale per output channel.
 
-    scale = max |row| / largest,  values = round(row / scale)        largest: 127 for int8, 448 for e4m3
+    scale = max |row| / largest,  values = round(row / scale)        largest: 127 for int8, 28 for e4m3
 
-Source: ModelTC/LightX2V, tools/convert/quant/quant.py, the scheme of its published 8-bit Wan 2.2 files.
+int8 weights are multiplied by the 128-wide Hadamard matrix along their input first, where they have whole runs of 128:
+their inputs are, which spreads an outlier over 128 channels. Why 28: `kernels/_quantized.py`, Bounds.
+Source: ModelTC/LightX2V, tools/convert/quant/quant.py, for a scale per output channel; QuaRot, arXiv 2404.00456.
 """
 
 import torch
 from torch import Tensor
 
+from wanfast.kernels import GROUP, QuantizedWeight, quantize_weight
 from wanfast.stored import ScaledWeight
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
-
-def quantize_rows(weight: Tensor, dtype: torch.dtype) -> ScaledWeight:
+def quantize_rows(weight: Tensor, dtype: torch.dtype, *, is_rotated: bool | None = None) -> ScaledWeight:
     """Quantise a weight.
 
     Args:
         weight: [out, in], finite, any float dtype; computed in fp32.
         dtype: `torch.int8` or `torch.float8_e4m3fn`.
+        is_rotated: whether inputs are rotated; None is the best there is for the dtype and the width.
 
     Returns:
         Values of that dtype, rounded half to even, and scales [out, 1] fp32; a row of zeros has the scale 1. It expands
         to the weight's own dtype.
     """
-    largest = LARGEST[dtype]
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1, keepdim=True) / largest
-    scale = torch.where(scale > 0, scale, torch.ones(()))  # also where a row's numbers are too small to be scaled
-    values = (wide / scale).clamp_(-largest, largest)
-    return ScaledWeight((values.round_() if dtype == torch.int8 else values).to(dtype), scale, weight.dtype)
+    if is_rotated is None:
+        is_rotated = rotates(dtype, weight.shape[1])
+    return as_stored(quantize_weight(weight, dtype, rotated=is_rotated), weight.dtype)
+
+
+def rotates(dtype: torch.dtype, in_features: int) -> bool:
+    """Whether weights of this dtype and width are rotated where nothing else is asked for."""
+    return dtype == torch.int8 and in_features % GROUP == 0
+
+
+def as_stored(weight: QuantizedWeight, dtype: torch.dtype) -> ScaledWeight:
+    """Give what a kernel multiplies by the form of a stored weight, expanding to `dtype`."""
+    is_narrow = weight.values.dtype != torch.int8
+    return ScaledWeight(weight.values, weight.scale[:, None], dtype, is_rotated=weight.rotated, is_narrow=is_narrow)

@@ -3,6 +3,7 @@
     name.scale_weight, name.scale_input, a marker scaled_fp8        ComfyUI: fp8, one scale for a weight
     name.weight_scale, name.input_scale, name.comfy_quant           ComfyUI since late 2025: the same
     name.weight_scale [out, 1]                                      LightX2V: int8 or fp8, one scale per output channel
+    name.weight_scale_rotated, name.weight_scale_narrow [out, 1]    wanfast: as 8-bit arithmetic takes them (stored.py)
     name.int8_weight, name.scale [out / 128, in / 128]              TurboDiffusion: int8, one scale per square block
     fp8 weights alone                                               cast without a scale
 
@@ -22,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanfast.block_sizes import block_counts
+from wanfast.block_sizes import SCALE_BLOCK, block_counts
 from wanfast.checkpoint.files import TensorRef, parse_object, torch_dtype
 from wanfast.checkpoint.reader import Reader
 from wanfast.checkpoint.safetensors_format import safetensors_metadata
@@ -36,7 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 _EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 _MARKER = "scaled_fp8"
-_WEIGHT_SCALES = ("scale_weight", "weight_scale")
+_ROTATED, _NARROW = "weight_scale_rotated", "weight_scale_narrow"  # wanfast's own, of 8-bit arithmetic's weights
+_WEIGHT_SCALES = ("scale_weight", "weight_scale", _ROTATED, _NARROW)
 _DROPPED = ("scale_input", "input_scale")
 _QUANT_NOTE = "comfy_quant"  # JSON about one weight
 _QUANT_HEADER = "_quantization_metadata"  # the same about all weights, in a file's header
@@ -131,9 +133,24 @@ def _weight_ref(refs: dict[str, TensorRef], reader: Reader, name: str, *, is_sca
     if not found and (is_scaled or ref.dtype_name == "int8"):
         raise CheckpointError(f"{reader.where(name)} has no scale beside it ({layer}.scale_weight or .weight_scale)")
     if found:
-        return _scaled_ref(ref, _take(refs, reader, found[0], ref))
+        kind = found[0].rpartition(".")[2]
+        _check_own_kind(reader, name, kind)
+        return _scaled_ref(ref, _take(refs, reader, found[0], ref), kind=kind)
     is_matrix = len(ref.shape) == 2 and not any(part in layer for part in _NOT_MULTIPLIED)
     return _scaled_ref(ref, None) if is_matrix else ref
+
+
+def _check_own_kind(reader: Reader, name: str, kind: str) -> None:
+    """Refuse a scale of wanfast's own that does not belong to its weight."""
+    ref = reader.ref(name)
+    is_right = {
+        _ROTATED: ref.dtype_name == "int8" and len(ref.shape) == 2 and ref.shape[1] % SCALE_BLOCK == 0,
+        _NARROW: ref.dtype_name == "float8_e4m3fn",
+    }.get(kind, True)
+    if not is_right:
+        raise CheckpointError(
+            f"{reader.where(name)} is {ref.dtype_name} {list(ref.shape)}, which no {kind} goes with; convert it again"
+        )
 
 
 def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorRef) -> TensorRef:
@@ -155,24 +172,30 @@ def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorR
     return replace(scale, shape=forms[scale.shape])
 
 
-def _scaled_ref(weight: TensorRef, scale: TensorRef | None) -> TensorRef:
+def _scaled_ref(weight: TensorRef, scale: TensorRef | None, *, kind: str = "") -> TensorRef:
     scale_bytes = 0 if scale is None else scale.num_bytes
     return replace(
         weight,
         dtype_name=_EXPANDS_TO,
-        load=partial(_load_scaled, weight, scale),
+        load=partial(_load_scaled, weight, scale, kind),
         stored_as=weight.dtype_name,
         stored_bytes=weight.num_bytes + scale_bytes,
     )
 
 
-def _load_scaled(weight: TensorRef, scale: TensorRef | None) -> Weight:
+def _load_scaled(weight: TensorRef, scale: TensorRef | None, kind: str) -> Weight:
     import torch
 
     values, scales = weight.load(), torch.ones(()) if scale is None else scale.load()
     assert isinstance(values, torch.Tensor) and isinstance(scales, torch.Tensor)
     scales = scales.to(torch.float32).reshape(() if scale is None else scale.shape)
-    return ScaledWeight(values.contiguous(), scales.contiguous(), torch_dtype(_EXPANDS_TO))
+    return ScaledWeight(
+        values.contiguous(),
+        scales.contiguous(),
+        torch_dtype(_EXPANDS_TO),
+        is_rotated=kind == _ROTATED,
+        is_narrow=kind == _NARROW,
+    )
 
 
 def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:

@@ -1,10 +1,8 @@
 """Softmax attention over heads: the one place the DiT calls it."""
 
-import math
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from wanfast import kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, last_count: int = 1) -> Tensor:
@@ -20,9 +18,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, last_count: int = 1) -> Tensor
     Returns:
         [B, T, N * D], heads side by side, in q's dtype.
     """
-    bias = None
-    if last_count > 1:
-        bias = torch.zeros(1, 1, 1, k.shape[1], dtype=q.dtype, device=q.device)
-        bias[..., -1] = math.log(last_count)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-    return out.transpose(1, 2).flatten(2)
+    return kernels.attention(q, k, v, last_count=last_count).flatten(2)

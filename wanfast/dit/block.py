@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanfast.dit.attention import attention
+from wanfast.dit.chunking import CHUNKINGS
 from wanfast.dit.text import KeyValues, Text
 from wanfast.dit.weights import AttentionWeights, BlockWeights
 from wanfast.kernels import gated_residual, layer_norm, layer_norm_modulate, rms_norm
 from wanfast.linear import Linear, expand, linear
 from wanfast.rope import apply_rope
 
-CHUNK_TOKENS = 2048  # few enough that a run's tensors set no peak, enough to fill a large GPU
+CHUNK_TOKENS = CHUNKINGS[0].tokens
 
 
 @dataclass(frozen=True, slots=True)

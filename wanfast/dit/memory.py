@@ -6,7 +6,7 @@ Where a kernel's torch reference widens to fp32 and the GPU's kernel does not, t
 import math
 
 from wanfast.config import DiTConfig
-from wanfast.dit.text import KEPT_BYTES
+from wanfast.dit.chunking import KEPT_TEXT_BYTES
 
 _FP32, _COMPLEX64 = 4, 8
 
@@ -60,6 +60,54 @@ def dit_activations(
     }
 
 
-def kept_text_bytes(config: DiTConfig, *, num_contexts: int, itemsize: int) -> int:
+def dit_activations_8bit(
+    config: DiTConfig,
+    *,
+    num_tokens: int,
+    num_contexts: int,
+    chunk_tokens: int,
+    is_expanded: bool = False,
+    timestep_rows: int = 1,
+) -> dict[str, int]:
+    """Count what `predict_velocities` holds at its peak on a GPU where blocks multiply in 8 bits, for one sample.
+
+    The references that run without a GPU widen what kernels keep in registers, and hold more.
+
+    Args:
+        config: sizes of the DiT.
+        num_tokens: T.
+        num_contexts: streams that are alive together.
+        chunk_tokens: tokens computed at a time.
+        is_expanded: whether weights are rounded to 8 bits for each use.
+        timestep_rows: 2 where the first frame has a timestep of its own.
+
+    Returns:
+        Bytes by what they are for; their sum is the peak.
+    """
+    dim, run, heads = config.dim, min(chunk_tokens, num_tokens), config.num_heads
+    # While keys are rounded there are queries in 8 bits with their scales, keys and values in 16, and keys in 8.
+    full_length = num_tokens * (dim * (1 + 2 + 2 + 1) + heads * _FP32)
+    # Around a run: its tokens in 8 bits, queries for the text in 16 and normed, what they attend to, that in 8 bits.
+    text_run = run * dim * (1 + 2 + 2 + 2 + 1)
+    # The FFN: its input and its hidden layer in 8 bits, with a scale per 128 channels.
+    feed_forward = run * (dim + config.ffn_dim + config.ffn_dim // 128 * _FP32)
+    patch = math.prod(config.patch_size) * config.out_channels
+    head = (run * dim + num_tokens * patch * (num_contexts + 1)) * _FP32
+    largest = max(full_length, text_run, feed_forward, head)
+    full_length = full_length if largest == full_length else 0
+    weights = 0
+    if is_expanded:  # a block in 8 bits and the next one, and its largest matrix in 16, in fp32 and scaled
+        weights = 2 * (8 * dim * dim + 2 * dim * config.ffn_dim) + dim * config.ffn_dim * (2 + 4 + 4)
+    return {
+        "residual streams": num_contexts * num_tokens * dim * _FP32,
+        "queries, keys, values": full_length,
+        "one run of tokens": largest - full_length,
+        "weights in 8 bits": weights,
+        "rotations": num_tokens * config.head_dim // 2 * _COMPLEX64,
+        "text and timestep": num_contexts * config.text_len * dim * 2 + timestep_rows * 13 * dim * _FP32,
+    }
+
+
+def kept_text_bytes(config: DiTConfig, *, num_contexts: int, itemsize: int, limit: int = KEPT_TEXT_BYTES) -> int:
     """Bytes of keys and values that are kept from step to step, for prompts of full length."""
-    return min(KEPT_BYTES, num_contexts * config.num_layers * 2 * config.text_len * config.dim * itemsize)
+    return min(limit, num_contexts * config.num_layers * 2 * config.text_len * config.dim * itemsize)

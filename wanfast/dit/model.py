@@ -15,6 +15,8 @@ from torch import Tensor
 
 from wanfast.config import DiTConfig
 from wanfast.dit.block import CHUNK_TOKENS, Run, dit_block, self_attention, text_key_values, token_runs
+from wanfast.dit.block_8bit import dit_block_8bit, self_attention_8bit
+from wanfast.dit.packed import PackedBlock
 from wanfast.dit.text import TextMemory
 from wanfast.dit.weights import BlockWeights, OuterWeights
 from wanfast.errors import RequestError
@@ -47,7 +49,7 @@ def predict_velocities(
     timestep: float,
     contexts: Sequence[Tensor],
     outer: OuterWeights,
-    blocks: Iterable[BlockWeights],
+    blocks: Iterable[BlockWeights | PackedBlock],
     config: DiTConfig,
     *,
     condition: Tensor | None = None,
@@ -62,7 +64,7 @@ def predict_velocities(
         timestep: in [0, 1000].
         contexts: of [B, n, text_dim] each, n <= text_len; padded with zero rows, which are attended to like the others.
         outer: the weights around the blocks, on the latents' device.
-        blocks: the blocks' weights in order, each on that device when it is its turn.
+        blocks: the blocks' weights in order, each on that device when it is its turn; packed ones compute in 8 bits.
         config: sizes of the DiT.
         condition: [B, in_channels - C, F, H, W], set behind the latents' channels (image to video).
         first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
@@ -99,17 +101,33 @@ def predict_velocities(
         num_blocks += 1
         modulation = (block.modulation + time.projection).expand(batch, -1, -1, -1)
         if index == 0:  # up to here the streams do not differ: the text enters after self-attention
-            self_attention(streams[0], block, modulation, rotations, stream_dtype=stream_dtype, **sizes)
+            _attend_to_itself(streams[0], block, modulation, rotations, stream_dtype, sizes)
             streams += [streams[0].clone() for _ in texts[1:]]
-        for number, (hidden, text) in enumerate(zip(streams, texts, strict=True)):
-            weights = block.cross_attn
-            made = partial(text_key_values, text, weights, num_heads=config.num_heads, eps=config.eps)
-            key_values = memory.key_values(number, index, made)
-            dit_block(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
+        for hidden, text in zip(streams, texts, strict=True):
+            make = partial(text_key_values, text.text, block.cross_attn, num_heads=config.num_heads, eps=config.eps)
+            key_values = memory.key_values(text, index, make)
+            if isinstance(block, PackedBlock):
+                dit_block_8bit(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
+            else:
+                dit_block(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
     if num_blocks != config.num_layers:
         raise RequestError(f"blocks: must be all {config.num_layers} blocks of the model, got {num_blocks}")
     runs = list(token_runs(rotations.shape[0], chunk_tokens, first_tokens))
     return [_head(hidden, time.embedding, grid, runs, outer, config) for hidden in streams]
+
+
+def _attend_to_itself(
+    hidden: Tensor,
+    block: BlockWeights | PackedBlock,
+    modulation: Tensor,
+    rotations: Tensor,
+    stream_dtype: torch.dtype,
+    sizes: _Sizes,
+) -> None:
+    if isinstance(block, PackedBlock):
+        self_attention_8bit(hidden, block, modulation, rotations, **sizes)
+    else:
+        self_attention(hidden, block, modulation, rotations, stream_dtype=stream_dtype, **sizes)
 
 
 def patch_grid(latents: Tensor, config: DiTConfig) -> tuple[int, int, int]:

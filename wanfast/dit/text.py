@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanfast.config import DiTConfig
+from wanfast.dit.chunking import KEPT_TEXT_BYTES
 from wanfast.dit.weights import OuterWeights
 from wanfast.linear import linear
 
-KEPT_BYTES = 256_000_000  # keys and values of 300 tokens in the blocks of a 14B expert: two prompts of usual length
+_PROMPTS = 2  # with and without the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,45 +57,64 @@ def embed_text(context: Tensor, outer: OuterWeights, config: DiTConfig) -> Text:
     return Text(embedded, max(num_padding, 1))
 
 
+@dataclass(frozen=True, slots=True)
+class RememberedText:
+    """One context and what was made of it."""
+
+    context: Tensor
+    version: int | None  # how often it had been written to
+    text: Text
+    kept: dict[int, KeyValues]  # by block
+
+
 class TextMemory:
     """What one expert makes of the prompts of a run, kept from step to step as far as its limit goes.
 
     It is for one expert with one set of LoRAs: with others, keys and values are others.
     """
 
-    def __init__(self, limit: int = KEPT_BYTES) -> None:
+    def __init__(self, limit: int = KEPT_TEXT_BYTES) -> None:
         """Nothing is kept yet.
 
         Args:
             limit: bytes of keys and values; what is beyond is made again for each use.
         """
         self._left = limit
-        self._seen: list[tuple[Tensor, int | None]] = []  # contexts, and how often each had been written to
-        self._texts: list[Text] = []
-        self._kept: dict[tuple[int, int], KeyValues] = {}
+        self._texts: list[RememberedText] = []  # the last used come first
 
-    def texts(self, contexts: Sequence[Tensor], outer: OuterWeights, config: DiTConfig) -> list[Text]:
-        """Give the contexts embedded, as they were the last time if they are the same tensors, unchanged."""
-        seen = [(context, _version(context)) for context in contexts]
-        is_known = len(seen) <= len(self._seen) and all(
-            context is known and version == known_version is not None
-            for (context, version), (known, known_version) in zip(seen, self._seen, strict=False)
-        )
-        if not is_known:
-            self._left += sum(kept.nbytes for kept in self._kept.values())
-            self._seen, self._kept = seen, {}
-            self._texts = [embed_text(context, outer, config) for context in contexts]
-        return self._texts[: len(contexts)]
+    def texts(self, contexts: Sequence[Tensor], outer: OuterWeights, config: DiTConfig) -> list[RememberedText]:
+        """Give each context embedded, with what is kept of it if it is the same tensor as before, unchanged."""
+        used = [self._find(context) or _remember(context, outer, config) for context in contexts]
+        others = [text for text in self._texts if not any(text is one for one in used)]
+        room = max(_PROMPTS - len(used), 0)
+        self._left += sum(kept.nbytes for text in others[room:] for kept in text.kept.values())
+        self._texts = used + others[:room]
+        return used
 
-    def key_values(self, text: int, block: int, make: Callable[[], KeyValues]) -> KeyValues:
-        """Give keys and values of a text in a block, both by index; made where they are not kept."""
-        kept = self._kept.get((text, block))
+    def let_go(self, limit: int) -> None:
+        """Forget all keys and values, and keep no more than `limit` bytes from here on."""
+        for text in self._texts:
+            text.kept.clear()
+        self._left = limit
+
+    def key_values(self, text: RememberedText, block: int, make: Callable[[], KeyValues]) -> KeyValues:
+        """Give keys and values of a context in a block; made where they are not kept."""
+        kept = text.kept.get(block)
         if kept is None:
             kept = make()
             if kept.nbytes <= self._left:
                 self._left -= kept.nbytes
-                self._kept[text, block] = kept
+                text.kept[block] = kept
         return kept
+
+    def _find(self, context: Tensor) -> RememberedText | None:
+        version = _version(context)
+        same = (text for text in self._texts if text.context is context and text.version == version is not None)
+        return next(same, None)
+
+
+def _remember(context: Tensor, outer: OuterWeights, config: DiTConfig) -> RememberedText:
+    return RememberedText(context, _version(context), embed_text(context, outer, config), {})
 
 
 def _version(context: Tensor) -> int | None:

@@ -1,0 +1,64 @@
+"""The planned peak of whole runs against the record of torch's allocator, on the CPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import text, vae
+from reference.checkpoints import write_official
+from reference.dit import small_config
+from reference.families import TEXT, make_family
+from tracked import tracked_peak
+
+import wanfast
+from wanfast.budget import Budget
+from wanfast.dit.weights import expected_tensors
+from wanfast.forecast import budget_here
+from wanfast.request import Request
+from wanfast.tiny import random_tensors
+
+TOLERANCE = 0.05
+# Of fp32 files on a CPU these are pages of the files, which the allocator does not see.
+MAPPED = ("blocks of an expert", "blocks of both experts", "weights around the blocks")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> wanfast.Pipeline:
+    folder = tmp_path_factory.mktemp("model")
+    config = replace(small_config("t2v", text_dim=TEXT.dim), dim=256, num_heads=4, ffn_dim=512, num_layers=2)
+    family = make_family("t2v", folder)
+    experts = {name: random_tensors(expected_tensors(config), seed=name) for name in ("high_noise", "low_noise")}
+    model = write_official(
+        folder / "model",
+        task="t2v",
+        experts=experts,
+        vae=vae.official_state(family.vae, "2.1"),
+        text=text.official_state(family.text_encoder),
+        num_heads=4,
+        tokenizer=family.tokenizer,
+    )
+    return wanfast.load(model, device="cpu", precision="fp32")
+
+
+def planned(budget: Budget, stage: str) -> int:
+    (found,) = (one for one in budget.stages if one.name.startswith(stage))
+    return sum(size for what, size in found.items.items() if not what.endswith(MAPPED))
+
+
+@pytest.mark.parametrize(("width", "height", "num_frames"), [(256, 256, 17), (512, 384, 5)])
+def test_the_planned_peak_is_the_allocator_s(
+    width: int, height: int, num_frames: int, pipeline: wanfast.Pipeline
+) -> None:
+    sizes = {"width": width, "height": height, "num_frames": num_frames, "num_inference_steps": 2, "seed": 1}
+    plan = pipeline.plan(Request("a", **sizes))  # type: ignore[arg-type]
+    budget = budget_here(pipeline.loaded, plan)
+    dit = pipeline.loaded.config.dit
+    context = torch.randn(2, dit.text_len, dit.text_dim)  # prompts of full length, for which the plan has room
+    pipeline.generate(context=context, output="latents", **sizes)  # type: ignore[call-overload]
+    got = tracked_peak(lambda: pipeline.generate(context=context, output="latents", **sizes))  # type: ignore[call-overload]
+    assert planned(budget, "steps") == pytest.approx(got, rel=TOLERANCE)
+
+    got = tracked_peak(lambda: pipeline.generate(context=context, **sizes))  # type: ignore[call-overload]
+    frames = num_frames * height * width * 3  # the Video, which a file written as it is decoded does not need
+    assert budget.peak.name == "decode"
+    assert planned(budget, "decode") == pytest.approx(got - frames, rel=TOLERANCE)

@@ -1,0 +1,168 @@
+"""One DiT block in 8 bits: the steps of `block.py`, each product from 8-bit tokens with a scale of their own.
+
+Norms write the 8 bits that the next product reads, products add to the residual stream themselves, and attention takes
+int8 queries and keys. The stream, norms, softmax and sums are fp32; attention to the text is 16-bit.
+Source: docs/numerics.md.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanfast import kernels
+from wanfast.dit.attention import attention
+from wanfast.dit.block import CHUNK_TOKENS, token_runs
+from wanfast.dit.packed import PackedBlock, PackedLinear, multiplies_e4m3
+from wanfast.dit.text import KeyValues
+from wanfast.kernels import GROUP, Quantized, QuantizedKeys, QuantizedQueries, QuantizedValues
+
+_COMPUTE_DTYPE = torch.bfloat16  # of what is not 8-bit
+Attend: TypeAlias = Callable[[Any], Quantized]  # from the queries of a run, as they were made for it
+
+
+def dit_block_8bit(
+    hidden: Tensor,
+    block: PackedBlock,
+    modulation: Tensor,
+    text: KeyValues,
+    rotations: Tensor,
+    *,
+    num_heads: int,
+    eps: float,
+    first_tokens: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+    attends_to_itself: bool = True,
+) -> Tensor:
+    """Run one block in the memory of its stream; arguments and result as in `dit_block`."""
+    if attends_to_itself:
+        self_attention_8bit(
+            hidden,
+            block,
+            modulation,
+            rotations,
+            num_heads=num_heads,
+            eps=eps,
+            first_tokens=first_tokens,
+            chunk_tokens=chunk_tokens,
+        )
+    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
+    for sample, (stream, rows) in enumerate(zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True)):
+        k, v = text.keys[sample : sample + 1], text.values[sample : sample + 1]
+        shift, scale, gate = rows[:, :, 3:].unbind(2)
+        for run in runs:
+            part, first = stream[:, run.tokens], run.first_tokens
+            _add(part, _attended_to_text(part, block, k, v, text.last_count, eps), block.text_attended, None, 0)
+            x = kernels.layer_norm_modulate_quantize(
+                part, scale, shift, block.dtype, eps=eps, first_tokens=first, rotated=_rotated(block.ffn_up)
+            )
+            _add(part, _hidden_layer(x, block), block.ffn_down, gate, first)
+    return hidden
+
+
+def self_attention_8bit(
+    hidden: Tensor,
+    block: PackedBlock,
+    modulation: Tensor,
+    rotations: Tensor,
+    *,
+    num_heads: int,
+    eps: float,
+    first_tokens: int = 0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> None:
+    """Run the first step of a block in the memory of its stream; arguments as in `self_attention`."""
+    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
+    in_8_bits = rotations.shape[1] * 2 in kernels.HEAD_DIMS
+    channels = hidden.shape[2]
+    for stream, rows in zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True):
+        shift, scale, gate = rows[:, :, :3].unbind(2)
+        heads = (*stream.shape[:2], num_heads, channels // num_heads)
+        keys, values = (torch.empty(heads, dtype=_COMPUTE_DTYPE, device=stream.device) for _ in range(2))
+        queries: list[Tensor | QuantizedQueries] = []
+        for run in runs:
+            at = run.tokens
+            x = kernels.layer_norm_modulate_quantize(
+                stream[:, at],
+                scale,
+                shift,
+                block.dtype,
+                eps=eps,
+                first_tokens=run.first_tokens,
+                rotated=_rotated(block.values),
+            )
+            _product(x, block.values, out=values[:, at].flatten(2))
+            both = _product(x, block.queries_keys)
+            kernels.rms_norm_rope(both[..., channels:], block.norm_k, rotations[at], eps=eps, out=keys[:, at])
+            q = both[..., :channels]
+            if in_8_bits:
+                queries.append(kernels.rms_norm_rope_quantize(q, block.norm_q, rotations[at], eps=eps))
+            else:
+                queries.append(kernels.rms_norm_rope(q, block.norm_q, rotations[at], eps=eps))
+            del x, q, both
+        attend: Attend
+        if in_8_bits:
+            rounded = torch.float8_e4m3fn if multiplies_e4m3(hidden.device) else torch.float16
+            rounded_keys = kernels.quantize_keys(keys)
+            del keys  # of full length, and of no use any more
+            attend = partial(_attend_in_8_bits, block, rounded_keys, kernels.quantize_values(values, dtype=rounded))
+            del values
+        else:
+            attend = partial(_attend_in_16_bits, block, keys, values)
+        for run, of_run in zip(runs, queries, strict=True):
+            _add(stream[:, run.tokens], attend(of_run), block.attended, gate, run.first_tokens)
+
+
+def _attend_in_8_bits(block: PackedBlock, k: QuantizedKeys, v: QuantizedValues, q: QuantizedQueries) -> Quantized:
+    rotated = _rotated(block.attended)
+    if q.values.shape[3] == GROUP:  # a scale per head is then one per group of channels
+        return kernels.attention_int8_quantized(q, k, v, block.dtype, rotated=rotated)
+    return kernels.quantize_rows(kernels.attention_int8(q, k, v).flatten(2), block.dtype, rotated=rotated)
+
+
+def _attend_in_16_bits(block: PackedBlock, k: Tensor, v: Tensor, q: Tensor) -> Quantized:
+    """For heads of a width that no 8-bit kernel has."""
+    return kernels.quantize_rows(attention(q, k, v), block.dtype, rotated=_rotated(block.attended))
+
+
+def _attended_to_text(part: Tensor, block: PackedBlock, k: Tensor, v: Tensor, last_count: int, eps: float) -> Quantized:
+    """Let a run of the stream attend to the text: what the output projection reads."""
+    rotated = _rotated(block.text_queries)
+    x = kernels.layer_norm_quantize(part, block.norm3_weight, block.norm3_bias, block.dtype, eps=eps, rotated=rotated)
+    q = kernels.rms_norm(_product(x, block.text_queries), block.cross_attn.norm_q, eps=eps)
+    q = q.view(*q.shape[:2], k.shape[2], -1).to(k.dtype)
+    attended = attention(q, k, v, last_count=last_count)
+    return kernels.quantize_rows(attended, block.dtype, rotated=_rotated(block.text_attended))
+
+
+def _hidden_layer(x: Quantized, block: PackedBlock) -> Quantized:
+    """Give the FFN's hidden layer in 8 bits, with a scale per 128 channels where it has whole groups of them."""
+    layer, rotated = block.ffn_up, _rotated(block.ffn_down)
+    if layer.weight.shape[0] % GROUP == 0:
+        return kernels.linear_8bit_gelu(x, layer.weight, layer.bias, rotated=rotated, low_rank=_low_rank(x, layer))
+    hidden = F.gelu(_product(x, layer), approximate="tanh")
+    return kernels.quantize_rows(hidden, block.dtype, rotated=rotated)
+
+
+def _product(x: Quantized, layer: PackedLinear, out: Tensor | None = None) -> Tensor:
+    return kernels.linear_8bit(x, layer.weight, layer.bias, low_rank=_low_rank(x, layer), out=out)
+
+
+def _add(stream: Tensor, x: Quantized, layer: PackedLinear, gate: Tensor | None, first_tokens: int) -> None:
+    kernels.linear_8bit_residual(
+        x, layer.weight, layer.bias, stream, gate, first_tokens=first_tokens, low_rank=_low_rank(x, layer)
+    )
+
+
+def _low_rank(x: Quantized, layer: PackedLinear) -> tuple[Tensor, Tensor] | None:
+    if layer.low_rank is None:
+        return None
+    down, up = layer.low_rank
+    return kernels.linear_8bit(x, down, None, out_dtype=up.dtype), up
+
+
+def _rotated(layer: PackedLinear) -> bool:
+    return layer.weight.rotated
