@@ -73,6 +73,7 @@ def generate_batch(
 
     Raises:
         CheckpointError: the model's files cannot be read: no clip could be made.
+        MemoryBudgetError: a clip of a group needs more memory than is free when the group begins.
     """
     tell = on_progress or (lambda index: lambda stage, done, total: None)
     start = 0

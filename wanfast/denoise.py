@@ -64,7 +64,25 @@ def denoise(
 ) -> RunState:
     """Take steps of the plan, from `start` on; after the last one of the plan the latents are clean.
 
-    The passes over the experts' blocks have been announced, as `experts_of_passes` lists them.
+    Args:
+        model: whose passes over the experts' blocks have been announced, as `experts_of_passes` lists them.
+        plan: of the run.
+        start: latents [1, C, F, H, W], fp32, before the first of the steps, and the solver's history.
+        steps: of the plan, in a row.
+        conditions: prompts, picture and LoRAs.
+        chunking: how steps are cut; they are cut finer where memory runs out.
+        on_step: called after each step with it and a copy of its latents [C, F, H, W].
+        on_state: called after each step with all that the steps after it need.
+        progress: called with "steps", steps done and all steps of the plan.
+        on_prediction: called after each step with it and the clean latents [C, F, H, W] that its velocity implies.
+
+    Returns:
+        The state after the last of the steps, on the model's device.
+
+    Raises:
+        NumericsError: latents are not finite, in 16 bits too.
+        MemoryBudgetError: a step needs more memory than there is with the fewest blocks and the finest cut.
+        CheckpointError: a block cannot be read.
     """
     state = map_state(start, model.device)
     first_frame = conditions.picture if plan.task == "ti2v" else None
@@ -72,10 +90,8 @@ def denoise(
     text_memories: dict[ExpertName, TextMemory] = {}
     for step in steps:
         progress("steps", step.index, len(plan.steps))
-        text_memories = {
-            step.expert: text_memories.get(step.expert) or TextMemory(chunking.text_bytes)
-        }  # the other expert's makes room
-        memory = text_memories[step.expert]
+        memory = text_memories.get(step.expert) or TextMemory(chunking.text_bytes)
+        text_memories = {step.expert: memory}  # the other expert's makes room
         for is_exact in (False, True):
             taken, chunking = _take_in_less_memory(
                 model, plan, step, latents, history, conditions, chunking, memory, is_exact=is_exact

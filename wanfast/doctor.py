@@ -160,7 +160,11 @@ def _triton_finding(machine: Machine) -> Finding:
     if (major, minor) >= _SLOW_TRITON and is_ada:
         says = f"{machine.triton} makes slow 8-bit products on Ada"
         return Finding(about="Triton", status="note", says=says, remedy="pip install triton==3.7.1")
-    used = "runs the norms, the modulation and the dequantisation" if machine.gpus else "not used without a GPU"
+    used = (
+        "runs attention, norms, solver, dequantisation and the 8-bit precisions"
+        if machine.gpus
+        else "not used without a GPU"
+    )
     return Finding(about="Triton", status="ok", says=f"{machine.triton}, {used}")
 
 

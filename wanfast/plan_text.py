@@ -125,6 +125,8 @@ def _second_lines(plan: Plan, prediction: Prediction) -> Iterator[str]:
     yield f"{prediction.total:,.1f} in all; {how if prediction.source == 'computed' else 'from measured rates'}"
     yield ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in prediction.seconds.items())
     yield f"{prediction.seconds_per_step:,.2f} per step, {len(plan.steps)} steps"
+    if not plan.device.startswith("cuda"):  # blocks are used where they are
+        return
     switch = f", {prediction.switch_stall:.2f} at the switch of experts" if len(plan.steps_per_expert) > 1 else ""
     waits = f"waits for copies {prediction.stall:.2f}{switch}"
     yield f"{gigabytes(prediction.copied)} of blocks copied to the card; {waits}"

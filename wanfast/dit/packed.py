@@ -176,7 +176,7 @@ def _pack(layers: Sequence[Linear], dtype: torch.dtype, rotated: bool) -> Packed
 
 
 def _rows(layer: Linear, dtype: torch.dtype, rotated: bool) -> QuantizedWeight:
-    if isinstance(layer.weight, Tensor):  # a LoRA was merged into it
+    if isinstance(layer.weight, Tensor):  # it was not prepared, or a LoRA was merged into it
         return kernels.quantize_weight(layer.weight, dtype, rotated=rotated)
     weight = _prepared(layer, dtype)
     if isinstance(weight, GGUFWeight):

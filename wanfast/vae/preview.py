@@ -1,7 +1,7 @@
 """A light decoder for previews: one matrix from the channels of a latent to the colour of the square it stands for.
 
 It costs milliseconds and shows layout, colours and movement; one picture per latent frame, one pixel per latent. The
-matrix is fitted to the decoder that the model has, once per run: a second or two of decoding small pictures on a GPU.
+matrix is fitted to the decoder that the model has, once per run, by decoding some small pictures.
 """
 
 import math
