@@ -70,9 +70,11 @@ FLOOR = {
     "__init__": 11,
     "command_parts": 11,
     "batch_command": 12,
+    "judge": 0,
     "bench": 12,
-    "commands": 13,
-    "__main__": 14,
+    "verify": 13,
+    "commands": 14,
+    "__main__": 15,
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line's door: `wanfast generate | plan | inspect | convert | rerun | resume | doctor | bench`.
+"""The command line's door: `wanfast generate | plan | inspect | convert | rerun | resume | doctor | bench | verify`.
 
 The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad usage, 130 cancelled (Ctrl-C),
 143 terminated (SIGTERM).
@@ -87,6 +87,7 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 def _left_behind(command: str) -> str:
     told = {"convert": "the same command goes on where it was", "bench": "no report was written"}
+    told["verify"] = "nothing is kept of what was seen so far"
     return told.get(command, "no clip is half-written")
 
 

@@ -91,6 +91,8 @@ def build_parser() -> OneLineParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     bench = commands.add_parser("bench", help="measure speed and its cost beside the reference", allow_abbrev=False)
     _add_bench_arguments(bench)
+    verify = commands.add_parser("verify", help="say whether a setting changes what videos show", allow_abbrev=False)
+    _add_verify_arguments(verify)
     rerun = commands.add_parser("rerun", help="repeat a clip from the settings embedded in it", allow_abbrev=False)
     rerun.add_argument("clip", help="an .mp4 that wanfast wrote")
     resume = commands.add_parser("resume", help="go on with a run that was stopped", allow_abbrev=False)
@@ -201,6 +203,21 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(preset=None, task=None, fps=None)
 
 
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--suite", choices=("tiny",), default="tiny", help="tiny: held-out captions of wan-tiny, judged by pixels")
+    _add_model_arguments(parser)
+    says = "precisions, presets or PRECISION+PRESET, by commas; each is compared with exact"
+    add("--tiers", default="fp32,int8,fp8", metavar="NAMES", help=f"{says}; default: fp32,int8,fp8")
+    _add_step_arguments(parser)
+    add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="of the tiers, not of exact")
+    add("--captions", type=int, default=200, metavar="N", help="the first N of 200; default: all")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    add("--fail-if-worse", action="store_true", help="exit code 1 if a tier follows clearly fewer captions than exact")
+    add("--json", action="store_true", help="print JSON")
+    add("--quiet", action="store_true", help="no progress, no notes")
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names another machine than this one, and how files that are not there would store a model."""
     add = parser.add_argument
@@ -271,6 +288,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         _settle_generate(parser, arguments)
     if arguments.command == "bench":
         arguments.words = words
+    if arguments.command in ("bench", "verify"):
         arguments.solver = _SOLVERS[arguments.solver] if arguments.solver else None
     return arguments
 

@@ -83,6 +83,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     bench(arguments)
 
 
+def _verify(arguments: argparse.Namespace) -> None:
+    from wanfast.verify import verify  # likewise
+
+    verify(arguments)
+
+
 def _rerun(arguments: argparse.Namespace) -> None:
     recorded = read_recorded(read_settings(arguments.clip), arguments.clip)
     arguments.output = arguments.output or str(Path(arguments.clip).with_suffix("")) + "-rerun.mp4"
@@ -217,4 +223,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "resume": _resume,
     "doctor": _doctor,
     "bench": _bench,
+    "verify": _verify,
 }

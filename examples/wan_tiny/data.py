@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from judge import BACKGROUNDS, COLOURS, DIRECTIONS, DOTS, SHAPES, SPEEDS, Array
+
+from wanfast.judge import BACKGROUNDS, COLOURS, DIRECTIONS, DOTS, SHAPES, SPEEDS, Array
 
 NUM_FRAMES = 17
 SIDE = 64  # pixels; lengths below are in pixels of a frame of this size

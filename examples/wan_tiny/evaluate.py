@@ -20,7 +20,6 @@ import torch
 from data import make_scene
 from dit_model import BOUNDARY
 from evaluate_vae import load_vae
-from judge import Array, accuracies, background_change, flicker, judge
 from latents import load_statistics
 from PIL import Image
 from torch import Tensor
@@ -28,6 +27,8 @@ from train_dit import Model, load_average
 from training import wait_while_paused
 from vae22_model import VAE22
 from vae_model import VAE
+
+from wanfast.judge import Array, accuracies, background_change, flicker, judge
 
 SEED = 1002  # of the captions
 SHEET_FRAMES = (0, 5, 10, 16)

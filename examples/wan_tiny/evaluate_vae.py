@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import make_scene, render
-from judge import accuracies, judge, see, wanted
 from train_vae import NAMES, make_vae
 from vae22_model import VAE22
 from vae_model import VAE
+
+from wanfast.judge import accuracies, judge, see, wanted
 
 SEED = 1001  # no clip of the training
 REQUIRED = 0.97  # of shapes; what the VAE loses, no transformer can bring back

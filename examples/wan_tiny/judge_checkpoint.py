@@ -19,13 +19,13 @@ import torch
 from data import make_scene
 from dit_model import BOUNDARY, FREQ_DIM
 from evaluate import SEED, write_sheet
-from judge import Array, accuracies, background_change, flicker, judge
 from safetensors.torch import load_file
 from text_model import DIM, FFN_DIM, HEADS, LAYERS, VOCABULARY, make_tokenizer
 
 import wanfast
 from wanfast.checkpoint.names import dit_to_diffusers, text_to_transformers, vae_to_diffusers
 from wanfast.config import VAE_2_1
+from wanfast.judge import Array, accuracies, background_change, flicker, judge
 
 SHIFT, GUIDANCE = 12.0, (4.0, 3.0)
 

@@ -3,10 +3,11 @@
 import math
 
 import torch
-from judge import BACKGROUNDS, COLOURS, SHAPES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional
+
+from wanfast.judge import BACKGROUNDS, COLOURS, SHAPES
 
 VOCABULARY = 512
 DIM = 128

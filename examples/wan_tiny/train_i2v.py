@@ -21,7 +21,6 @@ from data import NUM_FRAMES, make_scene, render
 from dit_model import DiTSizes, draw_sigmas, timestep_of
 from evaluate import decode, sample, write_sheet
 from evaluate_vae import load_vae
-from judge import Array, accuracies, judge
 from latents import NUM_CLIPS, PIECE, load_latents, load_statistics
 from latents import SEED as CLIPS_SEED
 from optimizer import Both
@@ -30,6 +29,8 @@ from train_dit import Model, captions_of, load_average
 from training import INTERRUPTED, Average, Run, learning_rate, wait_while_paused
 from vae22_model import VAE22
 from vae_model import VAE
+
+from wanfast.judge import Array, accuracies, judge
 
 SEED = 5
 BOUNDARY, SHIFT, GUIDANCE = 0.9, 5.0, (3.5, 3.5)

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from data import NUM_FRAMES, SIDE, make_scene, render
-from judge import DIRECTIONS, SPEEDS, Array
 from optimizer import Both
 from torch import Tensor, nn
 from torch.nn import functional
 from training import INTERRUPTED, Run, learning_rate
 from vae22_model import VAE22
 from vae_model import VAE, CausalConv, Down, Residual, Up
+
+from wanfast.judge import DIRECTIONS, SPEEDS, Array
 
 NAMES = {"2.1": "vae", "2.2": "vae22"}  # of the trainings
 BASES = {"2.1": 8, "2.2": 16}  # channels of the finest level, which for 2.2 has half the rows and columns

@@ -5,7 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 from data import NUM_FRAMES, SIDE, Scene, describe, is_held_out, make_scene, render
-from judge import BACKGROUNDS, COLOURS, DIRECTIONS, DOTS, SHAPES, SPEEDS, wanted
+
+from wanfast.judge import BACKGROUNDS, COLOURS, DIRECTIONS, DOTS, SHAPES, SPEEDS, wanted
 
 KINDS = ("single", "pair", "camera")
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from data import make_scene, render
-from judge import (
+
+from wanfast.judge import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
