@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import make_scene
+from data import NUM_FRAMES, SIDE, make_scene
 from dit_model import BOUNDARY
 from evaluate_vae import load_vae
 from latents import load_statistics
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from train_dit import Model, load_average
 from training import wait_while_paused
-from vae22_model import VAE22
+from vae22_model import VAE22, Z_DIM
 from vae_model import VAE
 
 from wanfast.judge import Array, accuracies, background_change, flicker, judge
@@ -52,8 +52,9 @@ def sample(
     seed: int,
     boundary: float = BOUNDARY,
     condition: Tensor | None = None,
+    first_frame: Tensor | None = None,
 ) -> Tensor:
-    """Draw latents for captions, [B, 16, 5, 8, 8].
+    """Draw latents for captions, [B, C, F, H, W] in the size the experts were trained for.
 
     Args:
         experts: high noise and low noise; one stands for both.
@@ -63,18 +64,22 @@ def sample(
         guidance: of each expert.
         seed: of the noise; caption number i starts from the noise of seed + i.
         boundary: sigma from which on the first expert works.
-        condition: channels that stand behind the latents, [B, C, 5, 8, 8].
+        condition: channels that stand behind the latents, [B, C, F, H, W].
+        first_frame: latents to begin with, [B, C, 1, H, W], for which it is timestep 0 throughout.
 
     The solver is DPM-Solver++ 2M: it carries the clean latents that a velocity implies on along a straight line.
     Source: arXiv 2211.01095.
     """
-    shape = (16, 5, 8, 8)
+    shape = latent_shape(experts[0])
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(captions))]
     latents, before, step_before = torch.stack(noise), None, math.inf
     for sigma, next_sigma in pairwise(noise_levels(steps, shift)):
         expert, scale = (experts[0], guidance[0]) if sigma >= boundary else (experts[-1], guidance[-1])
+        times = torch.full((2 * len(captions),), float(int(1000 * sigma)))
+        if first_frame is not None:
+            latents[:, :, :1] = first_frame
+            times = times_per_token(times, torch.ones_like(times, dtype=torch.bool), shape)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            times = torch.full((2 * len(captions),), float(int(1000 * sigma)))
             text = expert.read(captions + [""] * len(captions))
             inputs = latents if condition is None else torch.cat([latents, condition], dim=1)
             with_text, without = expert.dit(inputs.repeat(2, 1, 1, 1, 1), times, text).chunk(2)
@@ -83,7 +88,24 @@ def sample(
         slope = 0.0 if before is None or math.isinf(step) else (clean - before) * (step / step_before)
         latents = next_sigma / sigma * latents + (1 - next_sigma) * (1 - math.exp(-step)) * (clean + 0.5 * slope)
         before, step_before = clean, step
+    if first_frame is not None:
+        latents[:, :, :1] = first_frame
     return latents
+
+
+def latent_shape(model: Model) -> tuple[int, int, int, int]:
+    """[C, F, H, W] of the latents a model was trained on: those of the VAE with 48 channels are half as wide."""
+    channels = model.dit.sizes.out_channels
+    side = SIDE // (16 if channels == Z_DIM else 8)
+    return channels, (NUM_FRAMES - 1) // 4 + 1, side, side
+
+
+def times_per_token(times: Tensor, is_given: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Timesteps [B, L] of tokens from those of clips [B]; where the first frame is given, its tokens' are 0."""
+    in_frame = shape[2] // 2 * (shape[3] // 2)
+    spread = times[:, None].repeat(1, shape[1] * in_frame)
+    spread[is_given, :in_frame] = 0
+    return spread
 
 
 def noise_levels(steps: int, shift: float) -> list[float]:
@@ -101,7 +123,7 @@ def _log_ratio(sigma: float) -> float:
 
 def decode(vae: VAE | VAE22, latents: Tensor, folder: Path) -> list[Array]:
     """Turn normalised latents into clips [F, H, W, 3] in [0, 1]."""
-    mean, deviation = load_statistics(folder)
+    mean, deviation = load_statistics(folder, "2.2" if isinstance(vae, VAE22) else "2.1")
     clips = []
     for one in latents * deviation[:, None, None, None] + mean[:, None, None, None]:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 Usage: python export.py RUN_FOLDER CHECKPOINT_FOLDER
        python export.py RUN_FOLDER CHECKPOINT_FOLDER --task i2v
+       python export.py RUN_FOLDER CHECKPOINT_FOLDER --task ti2v
 
 The official layout has no place for the latents' statistics: every reader of it takes Wan's own. They are folded into
 the two 1 x 1 x 1 convolutions next to the latents instead, so that Wan's statistics become true of this VAE.
@@ -22,7 +23,7 @@ from text_model import make_tokenizer
 from torch import Tensor
 from train_dit import load_average
 
-from wanfast.config import T2V_A14B, VAE_2_1
+from wanfast.config import T2V_A14B, VAE_2_1, VAE_2_2, VAEConfig
 
 DEFAULTS = {"width": 64, "height": 64, "num_frames": 17, "num_inference_steps": 40}
 
@@ -33,38 +34,47 @@ def export(run: Path, target: Path, task: str = "t2v") -> None:
     Args:
         run: folder of the trainings, all of them with a checkpoint.
         target: to write; may exist, its files of these names are replaced.
-        task: "t2v" or "i2v", whose experts are in trainings of their own.
+        task: "t2v", or "i2v" or "ti2v", whose transformers are in trainings of their own.
     """
     target.mkdir(parents=True, exist_ok=True)
-    name, prefix = ("wan-tiny", "") if task == "t2v" else (f"wan-tiny-{task}", f"{task}_")
+    name = "wan-tiny" if task == "t2v" else f"wan-tiny-{task}"
     (target / "wanfast.json").write_text(json.dumps({"name": name, **DEFAULTS}, indent=1))
-    for expert in T2V_A14B.experts:
-        folder = target / f"{expert.name}_model"
-        folder.mkdir(exist_ok=True)
-        dit = _part(load_average(run, prefix + expert.name), "dit.")
-        (folder / "config.json").write_text(json.dumps(official_config(dit, task), indent=1))
-        save_file(_rounded(dit), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    for training, folder in _transformers(task).items():
+        (target / folder).mkdir(exist_ok=True)
+        dit = _part(load_average(run, training), "dit.")
+        (target / folder / "config.json").write_text(json.dumps(official_config(dit, task), indent=1))
+        save_file(_rounded(dit), target / folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     text = _rounded(_part(load_average(run, "base"), "text."))
     torch.save(text, target / "models_t5_umt5-xxl-enc-bf16.pth")
-    vae = fold_statistics(load_vae(run).state_dict(), *load_statistics(run))
-    torch.save(_rounded(vae), target / "Wan2.1_VAE.pth")
+    row = VAE_2_2 if task == "ti2v" else VAE_2_1
+    vae = fold_statistics(load_vae(run, row.version).state_dict(), *load_statistics(run, row.version), row)
+    torch.save(_rounded(vae), target / f"Wan{row.version}_VAE.pth")
     tokenizer = target / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(tokenizer / "tokenizer.json"))
 
 
-def fold_statistics(vae: Mapping[str, Tensor], mean: Tensor, deviation: Tensor) -> dict[str, Tensor]:
+def _transformers(task: str) -> dict[str, str]:
+    """Folders of a checkpoint's transformers by the trainings they come from."""
+    if task == "ti2v":
+        return {"ti2v": ""}
+    prefix = "" if task == "t2v" else f"{task}_"
+    return {prefix + expert.name: f"{expert.name}_model" for expert in T2V_A14B.experts}
+
+
+def fold_statistics(vae: Mapping[str, Tensor], mean: Tensor, deviation: Tensor, row: VAEConfig) -> dict[str, Tensor]:
     """Make a VAE's latents have Wan's mean and deviation where they had their own.
 
     Args:
         vae: tensors by official name.
-        mean: of the latents it gives, [16].
+        mean: of the latents it gives, [C].
         deviation: likewise.
+        row: Wan's own VAE of its kind.
 
     Returns:
         All tensors; the same function from pixels to pixels.
     """
-    wan_mean, wan_deviation = torch.tensor(VAE_2_1.latents_mean), torch.tensor(VAE_2_1.latents_std)
+    wan_mean, wan_deviation = torch.tensor(row.latents_mean), torch.tensor(row.latents_std)
     gain = wan_deviation / deviation
     folded = {name: tensor.detach().clone() for name, tensor in vae.items()}
     half = len(mean)  # the first half of the moments is the latents' mean, the other is not used by anyone
@@ -107,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--task", choices=["t2v", "i2v"], default="t2v")
+    parser.add_argument("--task", choices=["t2v", "i2v", "ti2v"], default="t2v")
     options = parser.parse_args()
     export(options.run, options.target, options.task)
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())

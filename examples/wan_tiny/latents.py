@@ -1,6 +1,7 @@
 """Encodes the training clips once; what the transformer is trained on.
 
     python latents.py RUN_FOLDER
+    python latents.py RUN_FOLDER --version 2.2    # for TI2V
 
 Pieces that are there already are kept, so it can be stopped at any time.
 """
@@ -17,39 +18,44 @@ from torch import Tensor
 from training import wait_while_paused
 
 SEED = 2
+FOLDERS = {"2.1": "latents", "2.2": "latents22"}  # by version of the VAE
 NUM_CLIPS = 8000
 PIECE = 500
 _BATCH = 4
 
 
-def load_latents(folder: Path) -> Tensor:
-    """Latents of all clips with a mean of 0 and a deviation of 1 per channel, [N, 16, 5, 8, 8]; clip by number."""
-    pieces = [torch.load(_path(folder, first), weights_only=True) for first in range(0, NUM_CLIPS, PIECE)]
-    mean, deviation = load_statistics(folder)
+def load_latents(folder: Path, version: str = "2.1") -> Tensor:
+    """Latents of all clips with a mean of 0 and a deviation of 1 per channel, by number of the clip.
+
+    [N, 16, 5, 8, 8] by the VAE of version 2.1, [N, 48, 5, 4, 4] by that of 2.2.
+    """
+    pieces = [torch.load(_path(folder, version, first), weights_only=True) for first in range(0, NUM_CLIPS, PIECE)]
+    mean, deviation = load_statistics(folder, version)
     return (torch.cat(pieces).float() - mean[:, None, None, None]) / deviation[:, None, None, None]
 
 
-def load_statistics(folder: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every latent channel over the first piece, [16] each."""
-    values = torch.load(_path(folder, 0), weights_only=True).float().transpose(0, 1).flatten(1)
+def load_statistics(folder: Path, version: str = "2.1") -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every latent channel over the first piece, [C] each."""
+    values = torch.load(_path(folder, version, 0), weights_only=True).float().transpose(0, 1).flatten(1)
     return values.mean(1), values.std(1)
 
 
-def _path(folder: Path, first: int) -> Path:
-    return folder / "latents" / f"{first:06}.pt"
+def _path(folder: Path, version: str, first: int) -> Path:
+    return folder / FOLDERS[version] / f"{first:06}.pt"
 
 
 def main() -> None:
     """Encode what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--version", choices=FOLDERS, default="2.1")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    vae = load_vae(options.folder)
-    (options.folder / "latents").mkdir(exist_ok=True)
+    vae = load_vae(options.folder, options.version)
+    (options.folder / FOLDERS[options.version]).mkdir(exist_ok=True)
     for first in range(0, NUM_CLIPS, PIECE):
-        path = _path(options.folder, first)
+        path = _path(options.folder, options.version, first)
         if path.exists():
             continue
         encoded = []

@@ -60,8 +60,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_folded_statistics_leave_the_pixels_as_they_were(run: Path) -> None:
     own, wans = load_vae(run), VAE(4)
     mean, deviation = load_statistics(run)
-    wans.load_state_dict(fold_statistics(own.state_dict(), mean, deviation))
     row = wanfast.config.VAE_2_1
+    wans.load_state_dict(fold_statistics(own.state_dict(), mean, deviation, row))
     video = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     axes = (1, 16, 1, 1, 1)
     with torch.no_grad():

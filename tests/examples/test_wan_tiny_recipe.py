@@ -15,6 +15,7 @@ import pytest
 import recipe
 import train_dit
 import train_i2v
+import train_ti2v
 import train_vae
 from dit_model import DiTSizes
 from train_dit import PARTS, Model
@@ -81,6 +82,23 @@ def test_from_nothing_to_a_checkpoint(
         "it moves", image=picture, num_inference_steps=2, seed=1
     )
     assert video.frames.shape == (17, 64, 64, 3)
+
+    monkeypatch.setattr(train_ti2v, "NUM_STEPS", 2)
+    monkeypatch.setattr(train_ti2v, "BATCH", 2)
+    monkeypatch.setattr(train_ti2v, "NUM_JUDGED", 2)
+    monkeypatch.setattr(train_ti2v, "DiTSizes", lambda **sizes: replace(SMALL, **sizes))
+    assert call(monkeypatch, train_vae, tmp_path, "--version", "2.2") == 0
+    assert call(monkeypatch, latents, tmp_path, "--version", "2.2") == 0
+    capsys.readouterr()
+    for part in ("train", "evaluate"):
+        assert call(monkeypatch, train_ti2v, tmp_path, part) == 0
+    assert json.loads(capsys.readouterr().out)["first frame PSNR"] > 0
+    assert call(monkeypatch, export, tmp_path, tmp_path / "ti2v", "--task", "ti2v") == 0
+    model = wanfast.load(tmp_path / "ti2v", device="cpu")
+    assert model.loaded.config.task == "ti2v"
+    for given in (None, picture):
+        made = model.generate("a red circle moves left", image=given, num_inference_steps=2, seed=1)
+        assert made.frames.shape == (17, 64, 64, 3)
 
     pipeline = wanfast.load(tmp_path / "checkpoint", device="cpu")
     loras = [tmp_path / "checkpoint" / "lightning" / f"{name}_model.safetensors" for name in distill.GUIDANCE]
