@@ -7,9 +7,10 @@ for each of those. int8 products are summed exactly, in int32. e4m3 products are
 cores' full rate, and added to fp32 at least every 128 channels: the bound in _quantized.py excludes an overflow.
 Elsewhere they are summed in fp32.
 
-On Ada a tile's columns are two halves, each with a product and an accumulator of its own: Triton 3.8 and 3.9 keep both
-in registers, where they spill a single one of twice the width, and an epilogue has the halves that a rotation by the
-Hadamard matrix combines. On Hopper the tile is one product, since halves would read the tokens twice.
+The weight's sizes are constants of the compiled kernel: they are few, and addresses that differ by a constant share
+their registers. On Ada a tile's columns are two halves, each with a product and an accumulator of its own: Triton 3.8
+and 3.9 keep both in registers, where they spill a single one of twice the width, and an epilogue has the halves that a
+rotation by the Hadamard matrix combines. On Hopper the tile is one product, since halves would read the tokens twice.
 """
 
 from typing import Any
@@ -55,7 +56,8 @@ def sum_products(
     w_ptr,  # at the tile's first column: [.., K], contiguous
     last_row,  # of x, counted from the tile's first
     last_column,  # row of w, counted from the tile's first
-    K,  # a multiple of 128
+    WHOLE: tl.constexpr,  # no tile has columns past the end
+    K: tl.constexpr,  # a multiple of 128
     GROUPED: tl.constexpr,  # G is K / 128; otherwise 1
     FP16_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -73,8 +75,9 @@ def sum_products(
     m = tl.minimum(tl.arange(0, BLOCK_M), last_row)
     k = tl.arange(0, BLOCK_K)[None, :]
     x_at = x_ptr + m[:, None] * K + k
-    low_at = w_ptr + tl.minimum(tl.arange(0, half), last_column)[:, None] * K + k
-    high_at = w_ptr + tl.minimum(half + tl.arange(0, half), last_column)[:, None] * K + k
+    n = tl.arange(0, half)
+    low_at = w_ptr + (n if WHOLE else tl.minimum(n, last_column))[:, None] * K + k
+    high_at = w_ptr + (half + n if WHOLE else tl.minimum(half + n, last_column))[:, None] * K + k
     scale_at = x_scale_ptr + m * (K // 128)
 
     low = tl.zeros((BLOCK_M, half), total)

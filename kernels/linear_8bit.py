@@ -54,8 +54,8 @@ def _linear_8bit_kernel(
     up_ptr,  # [N, R], contiguous, or None
     y_ptr,  # [M, N], columns adjacent
     M,
-    N,
-    K,  # a multiple of 128
+    N: tl.constexpr,
+    K: tl.constexpr,  # a multiple of 128
     R,
     y_stride_m,
     GROUPED: tl.constexpr,  # G is K / 128
@@ -79,6 +79,7 @@ def _linear_8bit_kernel(
         w_ptr + column * K,
         last_row,
         (N - 1 - column).to(tl.int32),
+        N % BLOCK_N == 0,
         K,
         GROUPED,
         FP16_SUMS,

@@ -72,8 +72,8 @@ def _linear_8bit_gelu_kernel(
     values_ptr,  # [M, N], x's dtype, contiguous
     scale_ptr,  # [M, N / 128] fp32, contiguous
     M,
-    N,  # a multiple of 128
-    K,  # a multiple of 128
+    N: tl.constexpr,  # a multiple of 128
+    K: tl.constexpr,  # a multiple of 128
     R,
     GROUPED: tl.constexpr,  # G is K / 128
     ROTATED: tl.constexpr,
@@ -96,6 +96,7 @@ def _linear_8bit_gelu_kernel(
         w_ptr + column * K,
         last_row,
         BLOCK_N - 1,
+        True,
         K,
         GROUPED,
         FP16_SUMS,

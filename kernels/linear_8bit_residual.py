@@ -79,8 +79,8 @@ def _linear_8bit_residual_kernel(
     residual_ptr,  # [B, T, N] fp32, contiguous; a program reads its own tile before it stores it
     gate_ptr,  # [B, 1 or 2, N], channels adjacent, or None
     T,
-    N,
-    K,  # a multiple of 128
+    N: tl.constexpr,
+    K: tl.constexpr,  # a multiple of 128
     R,
     first_tokens,  # tokens that take gate row 0
     gate_stride_b,
@@ -107,6 +107,7 @@ def _linear_8bit_residual_kernel(
         w_ptr + column * K,
         last_row,
         (N - 1 - column).to(tl.int32),
+        N % BLOCK_N == 0,
         K,
         GROUPED,
         FP16_SUMS,

@@ -11,7 +11,10 @@ def faults(case: Case, row: Mapping[str, Any]) -> list[str]:
     """What of this row is not as designed, in words; [] where all of it is."""
     design, limit = case.design, MULTIPROCESSORS[case.arch].shared_per_cta
     checks = [
-        (row["spilled_bytes"] == 0, f"{row['spilled_bytes']} bytes of registers spilled"),
+        (
+            row["spilled_bytes"] <= design.spilled_bytes,
+            f"{row['spilled_bytes']} bytes of registers spilled, of {design.spilled_bytes}",
+        ),
         (row["shared_bytes"] <= limit, f"{row['shared_bytes']} bytes of shared memory, of {limit}"),
         (row["ctas_per_sm"] >= design.ctas_per_sm, f"{row['ctas_per_sm']} CTAs per SM, not {design.ctas_per_sm}"),
         *(_widths(kind, row[kind], getattr(design, kind)) for kind in ("loads", "stores")),
@@ -38,7 +41,7 @@ def _loop_checks(case: Case, loop: Mapping[str, Any]) -> list[tuple[bool, str]]:
     return [
         *checks,
         (2 * starts <= instructions, f"{instructions} tensor instructions of a warpgroup in {starts} runs: serialised"),
-        (local == 0, f"{local} accesses of local memory in the main loop"),
+        (local <= design.local, f"{local} accesses of local memory in the main loop, not {design.local}"),
         (bytewise <= design.byte_overhead * work, f"{bytewise} PRMT and LOP3 beside {work} tensor instructions"),
         (design.shuffles is None or shuffles <= design.shuffles, f"{shuffles} SHFL, not {design.shuffles}"),
         (

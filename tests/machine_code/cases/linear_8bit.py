@@ -52,6 +52,7 @@ TENSOR = {
     (90, "int8"): "IGMMA.64x128x32.S8.S8",
     (90, "e4m3"): "QGMMA.64x128x32.F32.E4M3.E4M3",
 }
+SPILLED = {"bias": 64, "gelu": 128, "residual": 320}  # bytes of a thread; Triton 3.9 needs most
 WIDE = "QGMMA.64x256x32.F32.E4M3.E4M3"  # Hopper's e4m3 products take all columns of its widest tile at once
 
 
@@ -85,7 +86,16 @@ def _linear(kernel: str, dtype: str, arch: int, *, grouped: bool = False, low_ra
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        design=Design(tensor=frozenset({tensor}), shuffles=0, overhead=6.0),
+        # Two accumulators and an epilogue are more than 255 registers: what is spilled around the loop costs nothing,
+        # and of the loop's six hundred instructions eight may fetch an address.
+        design=Design(
+            ctas_per_sm=2 if tile.num_warps == 4 else 1,
+            tensor=frozenset({tensor}),
+            shuffles=0,
+            overhead=6.0,
+            spilled_bytes=SPILLED[epilogue] if arch != 90 else 0,
+            local=8 if grouped else 0,
+        ),
         any_triton=arch == 89 and not low_rank,
     )
 
