@@ -69,7 +69,8 @@ def make_page(numbers: dict[str, Any]) -> str:
         "## At Wan's sizes",
         "",
         "480p and 720p: 81 frames, 32,760 and 75,600 tokens; 5B: 27,280. The linears are q, k and v in one; the first",
-        "of the feed-forward layer with GELU and 8-bit result; the second with gate and residual.",
+        "of the feed-forward layer with GELU and 8-bit result; the second with gate and residual. The convolutions are",
+        "those of the VAE's residual blocks, on two frames.",
         "",
         "| kernel | size | TOPS | ms | ms of DRAM traffic alone |",
         "|---|---|---|---|---|",
@@ -79,4 +80,18 @@ def make_page(numbers: dict[str, Any]) -> str:
             lines.append(
                 f"| {row['name']} | {name} | {shape['tops']:.0f} | {shape['ms']:.2f} | {shape['dram_ms']:.2f} |"
             )
+    lines += [
+        "",
+        "## Decoding",
+        "",
+        "All launches of the VAE's decoder in fp16 with fp32 sums, made by `benchmarks/decode_cycles.py`: convolutions",
+        "on the model; norms, and frames copied to be remembered, at DRAM's rate; the attention at two thirds of the",
+        "peak.",
+        "",
+        "| | TFLOP | launches of the convolution | convolutions, s | passes, s | attention, s | together, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in numbers["decodes"]:
+        cells = [row[name] for name in ("name", "tflop", "launches", "convolutions", "passes", "attention", "seconds")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

@@ -179,6 +179,9 @@ def main() -> None:
             print(line(found))
     if arguments.write:
         assert not arguments.case, "--write: the page holds all cases"
+        from decode_cycles import decode_rows  # which computes with what is defined here
+
+        numbers["decodes"] = decode_rows()
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
         PAGE.write_text(make_page(numbers))
 

@@ -28,6 +28,7 @@ KINDS = {
     "attention": 100,
     "linear": 90,
     "norm": 100,
+    "conv": 60,
     "block": 60,
     "quantize_rows or guided": 40,
 }  # seconds at most, of one size

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from block_pair import block_operations, block_runs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from wan_shapes import HEAD_DIM, WAN, Wan
+from wan_shapes import HEAD_DIM, VAE_FRAMES, VAE_LEVELS, WAN, Wan
 
 from wanfast import kernels
 from wanfast.kernels.guided_update import Update
@@ -252,6 +252,31 @@ def _rms_norm_silu(wan: Wan, device: torch.device) -> Pair:
     return Pair(lambda: kernels.rms_norm_silu(x, weight), {"compiled": lambda: chain(x, weight)}, bytes=4 * x.numel())
 
 
+def _conv(wan: Wan, device: torch.device, *, level: int) -> Pair:
+    """A convolution of a residual block of the VAE's decoder; its peer is given chunk and history joined already."""
+    name = next((name for name, other in WAN.items() if other == wan), None)
+    channels, smaller = (16, 1) if name is None else list(VAE_LEVELS[name].items())[level]
+    height, width = (side // smaller for side in wan.frame)
+    shape = (1, channels, 2 * VAE_FRAMES, height, width)
+    joined = _randn(device, *shape, dtype=torch.float16).contiguous(memory_format=torch.channels_last_3d)
+    weight = _randn(device, channels, channels, 3, 3, 3, dtype=torch.float16, seed=1) / (27 * channels) ** 0.5
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    bias = _randn(device, channels, dtype=torch.float16, seed=2)
+    history, x = joined[:, :, :VAE_FRAMES], joined[:, :, VAE_FRAMES:]
+    packed = kernels.pack_conv(weight)
+
+    def peer() -> Tensor:
+        with torch.backends.cudnn.flags(benchmark=True):
+            return F.conv3d(joined, weight, bias, padding=(0, 1, 1))
+
+    return Pair(
+        lambda: kernels.causal_conv3d(x, history, packed, bias),
+        {"conv3d": peer},
+        operations=2.0 * 27 * channels**2 * VAE_FRAMES * height * width,
+        bytes=2.0 * (2 * VAE_FRAMES + VAE_FRAMES) * channels * height * width,
+    )
+
+
 def _quantize_rows(wan: Wan, device: torch.device) -> Pair:
     x = _randn(device, wan.tokens, wan.hidden)
     chain = _compiled(device, lambda x: _rounded(x.float()))
@@ -288,6 +313,7 @@ def _block(wan: Wan, device: torch.device, *, dtype: torch.dtype) -> Pair:
 
 
 E4M3 = torch.float8_e4m3fn
+CONV_LEVELS = ("coarse", "middle", "fine")  # the VAE's, as VAE_LEVELS lists them
 PAIRS: dict[str, Callable[[Wan, torch.device], Pair]] = {
     "attention": _attention,
     "attention_int8_prepared": partial(_attention_int8, values=E4M3, prepares=True),
@@ -307,6 +333,7 @@ PAIRS: dict[str, Callable[[Wan, torch.device], Pair]] = {
     "rms_norm_rope": partial(_rms_norm_rope, rounds=False),
     "rms_norm_rope_quantize": partial(_rms_norm_rope, rounds=True),
     "rms_norm_silu": _rms_norm_silu,
+    **{f"causal_conv3d_{level}": partial(_conv, level=index) for index, level in enumerate(CONV_LEVELS)},
     "quantize_rows": _quantize_rows,
     "guided_update": _guided_update,
     "block_e4m3": partial(_block, dtype=E4M3),

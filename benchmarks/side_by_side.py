@@ -25,6 +25,7 @@ MODULES = {
     "wanfast": ["wanfast.pipeline"],
     "whole": ["wanfast.pipeline"],
     "diffusers": ["diffusers.pipelines.wan.pipeline_wan", "diffusers.models.autoencoders.autoencoder_kl_wan"],
+    "channels_last": ["diffusers.pipelines.wan.pipeline_wan", "diffusers.models.autoencoders.autoencoder_kl_wan"],
     "transformers": ["transformers.models.umt5.modeling_umt5"],
     "library": ["safetensors.torch", "gguf"],
 }

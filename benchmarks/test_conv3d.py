@@ -62,16 +62,20 @@ CASES = [
 ]
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 @pytest.fixture(scope="module")
-def core_peak(tmp_path_factory: pytest.TempPathFactory) -> float | None:
-    """fp32 GFLOP/s of one core, measured; None where there is no compiler."""
+def core_peak(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, float]:
+    """GFLOP/s of one core by dtype, measured; without a compiler none, without bf16 products no bf16."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return None
+        return {}
     program = tmp_path_factory.mktemp("peak") / "fma_peak"
     source = Path(__file__).with_name("fma_peak.cpp")
     subprocess.run([compiler, "-std=c++17", "-O3", "-march=native", str(source), "-o", str(program)], check=True)
-    return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    return dict(zip(DTYPES.values(), map(float, printed), strict=False))
 
 
 def _contiguous(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,35 +83,41 @@ def _contiguous(x: Tensor, history: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return F.conv3d(F.pad(torch.cat((history, x), dim=2), (kw // 2, kw // 2, kh // 2, kh // 2)), weight, bias)
 
 
-def _contenders(case: Case) -> dict[str, Callable[[], Tensor]]:
+def _contenders(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Tensor]]:
     """The extension first."""
     generator = torch.Generator().manual_seed(0)
     frames, height, width = case.size
-    x = torch.randn(1, case.channels, frames, height, width, generator=generator)
-    history = torch.randn(1, case.channels, case.kernel[0] - 1, height, width, generator=generator)
-    weight = torch.randn(case.out_channels, case.channels, *case.kernel, generator=generator)
-    bias = torch.randn(case.out_channels, generator=generator)
+    x = torch.randn(1, case.channels, frames, height, width, generator=generator).to(dtype)
+    history = torch.randn(1, case.channels, case.kernel[0] - 1, height, width, generator=generator).to(dtype)
+    weight = torch.randn(case.out_channels, case.channels, *case.kernel, generator=generator).to(dtype)
+    bias = torch.randn(case.out_channels, generator=generator).to(dtype)
     x_last, history_last = x.contiguous(memory_format=CL3D), history.contiguous(memory_format=CL3D)
     weight_last, prepared = weight.contiguous(memory_format=CL3D), prepare(weight)
     return {
         "extension": lambda: causal_conv3d(x_last, history_last, prepared, bias)[0],
         "torch_channels_last": lambda: causal_conv3d_reference(x_last, history_last, weight_last, bias),
         "torch_contiguous": lambda: _contiguous(x, history, weight, bias),
+        "truth": lambda: _contiguous(x.float(), history.float(), weight.float(), bias.float()),
     }
 
 
 @torch.inference_mode()
 def _compare(
-    benchmark: BenchmarkFixture, case: Case, peak: float | None, timer: Callable[[], float], threads: int
+    benchmark: BenchmarkFixture,
+    case: Case,
+    dtype: torch.dtype,
+    peak: float | None,
+    timer: Callable[[], float],
+    threads: int,
 ) -> None:
     from tolerance import assert_close
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    contenders = _contenders(case)
-    want = contenders["torch_contiguous"]()
+    contenders = _contenders(case, dtype)
+    want = contenders.pop("truth")()
     for contender in contenders.values():
-        assert_close(got=contender(), want=want, op="conv3d_fp32")
+        assert_close(got=contender(), want=want, op="conv3d_fp32" if dtype == torch.float32 else "conv3d_bf16")
 
     ours, *peers = contenders
     seconds: dict[str, list[float]] = {peer: [] for peer in peers}
@@ -123,7 +133,7 @@ def _compare(
     fastest, middle = benchmark.stats.stats.min, benchmark.stats.stats.median
     benchmark.extra_info |= {"threads": threads, "gflops": round(case.flops / fastest / 1e9, 1)}
     if peak is not None:
-        benchmark.extra_info["share_of_fma_peak"] = round(case.flops / fastest / 1e9 / (peak * threads), 3)
+        benchmark.extra_info["share_of_peak"] = round(case.flops / fastest / 1e9 / (peak * threads), 3)
     for peer, spent in seconds.items():
         benchmark.extra_info |= {
             f"{peer}_gflops": round(case.flops / min(spent) / 1e9, 1),
@@ -133,11 +143,15 @@ def _compare(
 
 
 @pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_one_thread(benchmark: BenchmarkFixture, core_peak: float | None, case: Case) -> None:
-    _compare(benchmark, case, core_peak, time.process_time, threads=1)
+def test_one_thread(benchmark: BenchmarkFixture, core_peak: dict[torch.dtype, float], case: Case, dtype: str) -> None:
+    kind = DTYPES[dtype]
+    _compare(benchmark, case, kind, core_peak.get(kind), time.process_time, threads=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_all_threads(benchmark: BenchmarkFixture, core_peak: float | None, case: Case) -> None:
-    _compare(benchmark, case, core_peak, time.perf_counter, threads=torch.get_num_threads())
+def test_all_threads(benchmark: BenchmarkFixture, core_peak: dict[torch.dtype, float], case: Case, dtype: str) -> None:
+    kind = DTYPES[dtype]
+    _compare(benchmark, case, kind, core_peak.get(kind), time.perf_counter, threads=torch.get_num_threads())

@@ -65,9 +65,46 @@ def _linear(arguments: Mapping[str, Any], *, sides: Callable[[Wan], tuple[int, i
     return launches
 
 
+# Channels of the residual blocks of each model's VAE decoder, and how often smaller their pictures are.
+VAE_LEVELS = {
+    "14B 480p": {384: 4, 192: 2, 96: 1},
+    "14B 720p": {384: 4, 192: 2, 96: 1},
+    "5B": {1024: 8, 512: 4, 256: 2},
+}
+VAE_FRAMES = 2  # that a decoder's large levels take at a time
+
+
+def conv_launch(arguments: Mapping[str, Any], frames: int, height: int, width: int) -> Launch:
+    """The causal convolution of a case on so many frames of this size."""
+    channels, outputs, taps = arguments["C"], arguments["N"], arguments["KT"] * arguments["SIDE"] ** 2
+    stride, phases = arguments["STRIDE"], arguments["GROWN"] ** 2
+    pixels = height // stride * (width // stride)
+    columns = arguments["WIDTH"] * arguments["PARTS"]
+    tiles = -(-pixels // arguments["BLOCK_M"]) * (arguments["N_PACKED"] // columns)
+    read = frames * arguments["STRIDE_T"] + arguments["LEAD_T"]
+    return Launch(
+        ctas=tiles * frames * phases,
+        macs_per_cta=arguments["BLOCK_M"] * columns * taps * arguments["C_PACKED"],
+        operations=2 * phases * pixels * frames * taps * channels * outputs,
+        bytes=2 * (read * height * width * channels + frames * pixels * phases * outputs + taps * channels * outputs),
+    )
+
+
+def _conv(arguments: Mapping[str, Any]) -> dict[str, Launch]:
+    channels = arguments["C"]
+    if (arguments["KT"], arguments["SIDE"], arguments["N"]) != (3, 3, channels):
+        return {}
+    return {
+        name: conv_launch(arguments, VAE_FRAMES, *(side // VAE_LEVELS[name][channels] for side in wan.frame))
+        for name, wan in WAN.items()
+        if channels in VAE_LEVELS[name]
+    }
+
+
 LAUNCHES: dict[str, Callable[[Mapping[str, Any]], dict[str, Launch]]] = {
     "attention": partial(_attention, operand=2, result=2),
     "attention_int8": partial(_attention, operand=1, result=2),
+    "causal_conv3d": _conv,
     "linear_8bit": partial(_linear, sides=lambda wan: (wan.channels, 3 * wan.channels), result=2),
     "linear_8bit_gelu": partial(_linear, sides=lambda wan: (wan.channels, wan.hidden), result=1),
     "linear_8bit_residual": partial(_linear, sides=lambda wan: (wan.hidden, wan.channels), result=8),

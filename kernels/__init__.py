@@ -5,6 +5,7 @@ truth in tests. This package needs torch and Triton only, and nothing of wanfast
 """
 
 if __name__ == "wanfast.kernels":
+    from ._conv_forms import PackedConv, pack_conv
     from ._heads import HEAD_DIMS
     from ._quantized import GROUP, Quantized, QuantizedWeight
     from ._quantized import rotate_reference as rotate
@@ -13,6 +14,7 @@ if __name__ == "wanfast.kernels":
     from .attention_int8 import attention_int8, attention_int8_quantized
     from .attention_sparse import attention_sparse
     from .block_mask import BlockLists, block_mask
+    from .causal_conv3d import causal_conv3d, runs_causal_conv3d
     from .dequantize_gguf import dequantize_gguf
     from .dequantize_scaled import dequantize_scaled
     from .gguf_blocks import gguf_scales
@@ -49,6 +51,7 @@ __all__ = [
     "HEAD_DIMS",
     "BlockLists",
     "Correction",
+    "PackedConv",
     "Quantized",
     "QuantizedKeys",
     "QuantizedQueries",
@@ -61,6 +64,7 @@ __all__ = [
     "attention_int8_quantized",
     "attention_sparse",
     "block_mask",
+    "causal_conv3d",
     "dequantize_gguf",
     "dequantize_scaled",
     "fit_weight",
@@ -75,6 +79,7 @@ __all__ = [
     "linear_8bit_gelu",
     "linear_8bit_residual",
     "linear_stored",
+    "pack_conv",
     "quantize_keys",
     "quantize_queries",
     "quantize_rows",
@@ -90,4 +95,5 @@ __all__ = [
     "rms_norm_rope_quantize",
     "rms_norm_silu",
     "rotate",
+    "runs_causal_conv3d",
 ]

@@ -25,7 +25,7 @@ from ._tiles import row_tile
 
 MAX_CHANNELS = 1024  # of Wan's VAEs
 SMALLEST_LENGTH = 1e-12
-_SMALLEST_ON_DEVICE = tl.constexpr(SMALLEST_LENGTH)
+SMALLEST_ON_DEVICE = tl.constexpr(SMALLEST_LENGTH)
 _LOG2_E = tl.constexpr(log2(e))
 
 # A program holds about so many numbers, and at least so many pixels where those lie side by side: 32 bytes of 16 bits.
@@ -45,7 +45,8 @@ def rms_norm_silu_reference(x: Tensor, weight: Tensor, *, overwrite: bool = Fals
 
 
 @triton.jit
-def _silu(n):
+def silu(n):
+    """Apply SiLU on the device, in fp32."""
     root = tl.rsqrt(1.0 + tl.exp2(n * -_LOG2_E))  # with a quotient the kernel has a third more instructions
     return n * root * root
 
@@ -81,10 +82,10 @@ def _rms_norm_silu_kernel(
     weight_tail = tl.load(weight_ptr + tail, mask=tail < C, other=0.0).to(tl.float32)
 
     length = tl.sqrt(tl.sum(x_head * x_head, 1) + tl.sum(x_tail * x_tail, 1))
-    scale = (1.0 / tl.maximum(length, _SMALLEST_ON_DEVICE))[:, None]
+    scale = (1.0 / tl.maximum(length, SMALLEST_ON_DEVICE))[:, None]
     y_pixel = y_ptr + b * y_stride_b + pixel * y_stride_p
-    tl.store(y_pixel + head * y_stride_c, _silu(x_head * scale * weight_head), mask=live_head)
-    tl.store(y_pixel + tail * y_stride_c, _silu(x_tail * scale * weight_tail), mask=live_tail)
+    tl.store(y_pixel + head * y_stride_c, silu(x_head * scale * weight_head), mask=live_head)
+    tl.store(y_pixel + tail * y_stride_c, silu(x_tail * scale * weight_tail), mask=live_tail)
 
 
 def pixel_tile(channels: int, *, channels_last: bool) -> dict[str, int]:

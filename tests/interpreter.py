@@ -101,7 +101,7 @@ def _binary_op(self, left, right, op):
 
 def _ternary_op(self, first, second, third, op):
     dtype = third.dtype.scalar
-    if dtype not in RAW or op is np.where:  # choosing between bits is choosing between values
+    if op is np.where or dtype not in RAW:  # choosing between bits, or pointers, is choosing between values
         return _stock_ternary_op(self, first, second, third, op)
     return Handle(from_fp32(op(*(to_fp32(arg.data, dtype) for arg in (first, second, third))), dtype), dtype)
 

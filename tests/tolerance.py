@@ -76,6 +76,14 @@ LIMITS: Mapping[str, Mapping[torch.dtype, Roundoff | Relative]] = {
     },
     # fp32: sums of up to ten products, three deep, whose terms are several times the result's RMS.
     "guided_update": {torch.float32: Roundoff(worst=16, rms=3)},
+    # A convolution: fp32 sums of up to a few hundred products here, then one rounding. The norm behind it divides by
+    # the length of the sums; where that is a kernel of its own, they are rounded before.
+    "causal_conv3d": {torch.float16: ONE_ROUNDING, torch.bfloat16: ONE_ROUNDING},
+    "causal_conv3d_norm": {torch.float16: ONE_ROUNDING, torch.bfloat16: ONE_ROUNDING},
+    "causal_conv3d_two_roundings": {torch.float16: Roundoff(worst=3.5, rms=0.8)},
+    # 27 sums of 32 products rounded to fp16: each by half a unit of about the result's RMS / sqrt(27), four times on
+    # hardware and once in the interpreter; 1 u of the result was seen, worst 3.
+    "causal_conv3d_fp16_sums": {torch.float16: Roundoff(worst=6, rms=1.2)},
     # 8-bit linears against float64 of the same 8-bit numbers. int8 is summed exactly, so fp32 rounds in the scales, the
     # bias and, with a scale per 128 channels, up to 108 partial sums.
     "linear_int8": {
@@ -122,6 +130,8 @@ LIMITS: Mapping[str, Mapping[torch.dtype, Roundoff | Relative]] = {
     "vae_strips": _model(2e-6),
     # One convolution: a sum of at most a few thousand fp32 products, in another order; 2e-6 was seen.
     "conv3d_fp32": _model(5e-6),
+    # The same in bf16, summed in fp32 with what is added to it, and rounded once.
+    "conv3d_bf16": {torch.bfloat16: ONE_ROUNDING},
     # Printed with 6 to 8 digits by the official code, fp32.
     "golden": _model(1e-4),
     # Element-wise fp32 arithmetic carried over 40 to 50 steps.
