@@ -17,5 +17,9 @@ class NumericsError(ArithmeticError):
     """A computation left the finite numbers: the message names the step and what may mend it."""
 
 
+class NotFiniteError(RequestError):
+    """Frames came out NaN or infinite: the message says what may mend it."""
+
+
 class MediaError(OSError):
     """A picture or video cannot be read or written: the message names the file and what would work."""

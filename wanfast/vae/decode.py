@@ -17,18 +17,18 @@ from wanfast.vae.blocks import (
     causal_conv,
     empty_history,
     middle,
-    norm_silu,
-    pointwise_conv,
+    picture_conv,
     residual_block,
     upsample,
 )
+from wanfast.vae.norms import norm_silu
 from wanfast.vae.patch import add_repeated_up_, unpatchify
 from wanfast.vae.tiles import WHOLE_LEVELS, Strip
 from wanfast.vae.weights import DecoderWeights, ResidualWeights, UpsampleWeights, VAEWeights
 
 DecoderLevel = tuple[tuple[ResidualWeights, ...], UpsampleWeights | None]
 
-FINE_FRAMES = 2  # at a time where the picture is large; two, as a convolution over three remembers that many
+FINE_FRAMES = 1  # at a time where the picture is large: two take up to 1.4 times the memory, and as long
 
 
 def decode(vae: VAEWeights, latents: Tensor, strip: Strip | None = None) -> Iterator[Tensor]:
@@ -83,7 +83,7 @@ def decode_frame(
     std = latent_frame.new_tensor(config.latents_std, dtype=torch.float32).view(-1, 1, 1, 1)
     x = latent_frame.float() / (1.0 / std) + mean  # the reference divides by the reciprocal
     x = x.to(weights.from_latents.bias.dtype, memory_format=torch.channels_last_3d)
-    x = pointwise_conv(x, weights.from_latents)
+    x = picture_conv(x, weights.from_latents)
     repeats = config.version == "2.2"
     x, history = _run_decoder(x, weights, history or empty_history(weights), strip, repeats=repeats)
     x = unpatchify(x, config.patch_size)

@@ -18,10 +18,10 @@ from wanfast.vae.blocks import (
     downsample,
     empty_history,
     middle,
-    norm_silu,
-    pointwise_conv,
+    picture_conv,
     residual_block,
 )
+from wanfast.vae.norms import norm_silu
 from wanfast.vae.patch import average_down, patchify
 from wanfast.vae.sizes import PIXEL_CHANNELS
 from wanfast.vae.tiles import cut_strips, encode_halo
@@ -156,7 +156,7 @@ def _laid_out(vae: VAEWeights, frames: Tensor) -> Tensor:
 
 
 def _normalised(vae: VAEWeights, moments: Tensor) -> Tensor:
-    latents = pointwise_conv(moments, _encoder(vae).to_mean).float()
+    latents = picture_conv(moments, _encoder(vae).to_mean).float()
     mean = latents.new_tensor(vae.config.latents_mean).view(-1, 1, 1, 1)
     std = latents.new_tensor(vae.config.latents_std).view(-1, 1, 1, 1)
     return (latents - mean) * (1.0 / std)

@@ -2,8 +2,8 @@
 
 A peak is the frames that convolutions remember, which stand throughout, and the largest moment of a chunk. A moment is
 counted in channels times positions: of a residual block its input, and at its second convolution that one's input and
-output, for example. The convolutions of the C++ extension read where tensors lie; torch's get frames joined and padded.
-In strips (`tiles.py`), the widest is counted, and the work of all of them.
+output, for example. The convolutions of the C++ extension and of the GPU's kernel read where tensors lie; torch's get
+frames joined and padded. In strips (`tiles.py`), the widest is counted, and the work of all of them.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from wanfast.vae.decode import FINE_FRAMES
 from wanfast.vae.sizes import PIXEL_CHANNELS
 from wanfast.vae.tiles import WHOLE_LEVELS, cut_strips, decode_halo, encode_halo
 
-_FP32 = 4
+_FP32 = 4  # bytes
 _REMEMBERED = 2  # frames before each convolution over three
 
 
@@ -34,7 +34,7 @@ class VAEActivations:
 
 
 class _Count:
-    """Adds up histories and keeps the largest moment, both in fp32 numbers.
+    """Adds up histories and keeps the largest moment, both in numbers.
 
     In a video's first chunk, histories are made one by one; in later ones all of them stand from the start.
     """
@@ -71,24 +71,32 @@ class _Count:
         self.at(7 * channels * frames * area)
         self.residual(0, channels, channels, frames, area)
 
-    def result(self, standing: int = 0) -> VAEActivations:
+    def result(self, itemsize: int, standing: int = 0) -> VAEActivations:
         """Give the count in bytes; `standing` numbers are there at every moment."""
         moment = standing + self._peak - (self.histories if self._is_first else 0)
-        return VAEActivations(self.histories * _FP32, moment * _FP32, 2 * self.products)
+        return VAEActivations(self.histories * itemsize, moment * itemsize, 2 * self.products)
 
 
 def decode_activations(
-    config: VAEConfig, *, rows: int, columns: int, num_frames: int, is_joined: bool = False, num_tiles: int = 1
+    config: VAEConfig,
+    *,
+    rows: int,
+    columns: int,
+    num_frames: int,
+    is_joined: bool = False,
+    num_tiles: int = 1,
+    itemsize: int = _FP32,
 ) -> VAEActivations:
-    """Count what decoding one latent frame after another holds at its peak, for one sample in fp32.
+    """Count what decoding one latent frame after another holds at its peak, for one sample.
 
     Args:
         config: sizes of the VAE.
         rows: of the latents.
         columns: of the latents.
         num_frames: of the latents.
-        is_joined: whether convolutions run on torch rather than on the extension.
+        is_joined: whether convolutions run on torch rather than on the extension or the GPU's kernel.
         num_tiles: strips that the picture is decoded in.
+        itemsize: bytes of a number.
     """
     widest, all_read = _read(rows, columns, num_tiles, decode_halo(config))
     whole_products = 0
@@ -133,21 +141,30 @@ def decode_activations(
     count.at(waiting + (base[-1] + (times + 2) * pixels) * volume)
     count.products = num_tiles * whole_products + (coarse_products + times * count.products) * all_read // widest
     before_it = (0, 0, 1, config.temporal_stride)[min(num_frames, 3)]  # frames of the chunk before, kept by `decode`
-    return count.result(before_it * PIXEL_CHANNELS * area * config.patch_size**2)
+    kept = before_it * PIXEL_CHANNELS * area * config.patch_size**2 * _FP32 // itemsize  # frames are given out in fp32
+    return count.result(itemsize, kept)
 
 
 def encode_activations(
-    config: VAEConfig, *, height: int, width: int, num_frames: int, is_joined: bool = False, num_tiles: int = 1
+    config: VAEConfig,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    is_joined: bool = False,
+    num_tiles: int = 1,
+    itemsize: int = _FP32,
 ) -> VAEActivations:
-    """Count what encoding a video chunk by chunk holds at its peak, for one sample in fp32; a chunk is counted too.
+    """Count what encoding a video chunk by chunk holds at its peak, for one sample; a chunk is counted too.
 
     Args:
         config: sizes of the VAE.
         height: of the video, in pixels.
         width: of the video, in pixels.
         num_frames: of the latents that it becomes.
-        is_joined: whether convolutions run on torch rather than on the extension.
+        is_joined: whether convolutions run on torch rather than on the extension or the GPU's kernel.
         num_tiles: strips that the fine levels take the picture in.
+        itemsize: bytes of a number.
     """
     stride = config.spatial_stride
     rows, columns = height // stride, width // stride
@@ -157,6 +174,7 @@ def encode_activations(
     pixels = PIXEL_CHANNELS * config.patch_size**2
     of_chunk = pixels * frames * height * width // config.patch_size**2  # numbers
     of_strip = of_chunk // max(rows, columns) * widest
+    of_chunk = of_chunk * _FP32 // itemsize  # as it is given
     given = of_chunk + of_strip  # the chunk, and what is read of it laid out
     frames = _count_fine(fine, config, given, of_strip // (pixels * frames), frames)
     # From here on the picture is whole.
@@ -165,8 +183,8 @@ def encode_activations(
     fine_products, fine.products = fine.products, 0
     _count_coarse(coarse, config, given if num_tiles == 1 else of_chunk, frames, rows * columns)
     products = fine_products * all_read // widest + coarse.products
-    largest = max((fine.result(), coarse.result()), key=lambda one: one.total)
-    return replace(largest, chunk_flops=2 * products, features=features * _FP32)
+    largest = max((fine.result(itemsize), coarse.result(itemsize)), key=lambda one: one.total)
+    return replace(largest, chunk_flops=2 * products, features=features * itemsize)
 
 
 def _count_fine(count: _Count, config: VAEConfig, given: int, area: int, frames: int) -> int:

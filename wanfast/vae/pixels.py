@@ -37,7 +37,8 @@ def decode_pixels(
         uint8 [1 or 4, s H, s W, 3], contiguous; as one chunk is yielded the next is already being computed on a GPU.
 
     Raises:
-        RequestError: as in `decode`, or a frame is not finite.
+        RequestError: as in `decode`.
+        NotFiniteError: a frame is not finite.
         ValueError: more strips than the longer side has latents.
     """
     config = vae.config

@@ -13,7 +13,7 @@ from torch import Tensor
 from wanfast.checkpoint.bind import check_names, read_tensor
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import VAEConfig
-from wanfast.vae.conv import ConvWeight, prepare
+from wanfast.vae.conv import ConvWeight, FormName, prepare
 from wanfast.vae.sizes import Shapes, decoder_prefixes, encoder_prefixes, expected_tensors, vae_config
 
 __all__ = ["VAEWeights", "expected_tensors", "load_vae", "vae_config"]
@@ -21,7 +21,7 @@ __all__ = ["VAEWeights", "expected_tensors", "load_vae", "vae_config"]
 
 @dataclass(frozen=True, slots=True)
 class CausalConv:
-    """A stride-1 convolution over frames that sees none later than its own."""
+    """A convolution over frames that sees none later than its own, in one of the forms of `causal_conv3d`."""
 
     weight: ConvWeight  # [O, C, kt, kh, kw]
     bias: Tensor  # [O]
@@ -29,9 +29,9 @@ class CausalConv:
 
 @dataclass(frozen=True, slots=True)
 class Conv:
-    """A convolution over pictures, or over frames with a stride."""
+    """A convolution over pictures."""
 
-    weight: Tensor  # [O, C, kh, kw] or [O, C, kt, kh, kw], channels last
+    weight: Tensor  # [O, C, kh, kw], channels last
     bias: Tensor  # [O]
 
 
@@ -59,17 +59,16 @@ class AttentionWeights:
 class UpsampleWeights:
     """Doubles rows and columns, and frames where `time` is given."""
 
-    phases: tuple[Tensor, Tensor, Tensor, Tensor]  # [O, C, 2, 2] per output parity (row, column), column fastest
-    bias: Tensor  # [O]
-    time: CausalConv | None  # 3 x 1 x 1, C to 2 C: even frames, then odd ones
+    space: CausalConv  # double_picture, C to O
+    time: CausalConv | None  # double_frames, 3 x 1 x 1, C to 2 C
 
 
 @dataclass(frozen=True, slots=True)
 class DownsampleWeights:
     """Halves rows and columns, and frames where `time` is given."""
 
-    space: Conv  # 3 x 3, stride 2
-    time: Conv | None  # 3 x 1 x 1, stride 2
+    space: CausalConv  # half_picture
+    time: CausalConv | None  # half_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +111,23 @@ class VAEWeights:
     config: VAEConfig
     encoder: EncoderWeights | None
     decoder: DecoderWeights | None
+
+
+def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """Choose what a VAE computes in.
+
+    On a GPU the reference's convolutions round what they multiply to TF32, fp32 with 10 binary digits behind the first,
+    and sum in fp32. fp16 has these 10 digits too, at twice the speed and half the memory. Its range ends at 65,504,
+    which Wan's activations, some hundreds, stay far below; beyond it frames are not finite, which is never overlooked.
+
+    Args:
+        precision: of the plan.
+        device: where the VAE computes.
+
+    Returns:
+        fp32, or on a GPU in all precisions but "fp32" fp16.
+    """
+    return torch.float16 if torch.device(device).type == "cuda" and precision != "fp32" else torch.float32
 
 
 def load_vae(
@@ -223,27 +239,25 @@ def _residual(source: _Source, prefix: str) -> ResidualWeights:
 
 
 def _downsample(source: _Source, prefix: str) -> DownsampleWeights:
-    time = None
-    if f"{prefix}.time_conv.weight" in source.shapes:
-        weight = source.placed(source.stored(f"{prefix}.time_conv.weight"))
-        time = Conv(weight.clone(memory_format=torch.channels_last_3d), source.owned(f"{prefix}.time_conv.bias"))
-    return DownsampleWeights(space=_conv2d(source, f"{prefix}.resample.1"), time=time)
+    has_time = f"{prefix}.time_conv.weight" in source.shapes
+    weight = source.placed(source.stored(f"{prefix}.resample.1.weight"))
+    return DownsampleWeights(
+        space=CausalConv(prepare(weight.unsqueeze(2), "half_picture"), source.owned(f"{prefix}.resample.1.bias")),
+        time=_causal_conv(source, f"{prefix}.time_conv", "half_frames") if has_time else None,
+    )
 
 
 def _upsample(source: _Source, prefix: str) -> UpsampleWeights:
     weight = source.stored(
         f"{prefix}.resample.1.weight"
     ).float()  # summed in fp32: a narrower dtype rounds each sum once
-    top_left, top_right, bottom_left, bottom_right = (
-        source.placed(_fold_taps(_fold_taps(weight, 2, row), 3, column)).contiguous(memory_format=torch.channels_last)
-        for row in (0, 1)
-        for column in (0, 1)
-    )
-    is_temporal = f"{prefix}.time_conv.weight" in source.shapes
+    phases = torch.stack([_fold_taps(_fold_taps(weight, 2, row), 3, column) for row in (0, 1) for column in (0, 1)])
+    has_time = f"{prefix}.time_conv.weight" in source.shapes
     return UpsampleWeights(
-        phases=(top_left, top_right, bottom_left, bottom_right),
-        bias=source.owned(f"{prefix}.resample.1.bias"),
-        time=_causal_conv(source, f"{prefix}.time_conv") if is_temporal else None,
+        space=CausalConv(
+            prepare(source.placed(phases).unsqueeze(3), "double_picture"), source.owned(f"{prefix}.resample.1.bias")
+        ),
+        time=_causal_conv(source, f"{prefix}.time_conv", "double_frames") if has_time else None,
     )
 
 
@@ -263,8 +277,8 @@ def _conv2d(source: _Source, prefix: str) -> Conv:
     return Conv(weight.clone(memory_format=torch.channels_last), source.owned(f"{prefix}.bias"))
 
 
-def _causal_conv(source: _Source, prefix: str) -> CausalConv:
+def _causal_conv(source: _Source, prefix: str, form: FormName = "same") -> CausalConv:
     weight = source.stored(f"{prefix}.weight")
     # Where `prepare` has nothing to rearrange, as in a 1 x 1 x 1 kernel, it returns what it was given.
     weight = source.placed(weight, copy=weight[0, 0].numel() == 1)
-    return CausalConv(prepare(weight), source.owned(f"{prefix}.bias"))
+    return CausalConv(prepare(weight, form), source.owned(f"{prefix}.bias"))
