@@ -1,11 +1,11 @@
 """Launch parameters of the 8-bit linears on each generation of GPUs; they change a result only by the order of a sum.
 
 On Ada, and Ampere before it, 256 x 128 results fill the registers of one program of eight warps, 128 x 128 those of
-four, and two such programs run side by side: one multiplies while the other converts. That suits sums which are added to
-fp32 on the way, e4m3's in fp16 and those with a scale for each 128 channels; int8 with a scale per token gains more from
-reading the weight half as often. Accumulators and an epilogue together are more than 255 registers, and a few are spilled
-around the loop, once per tile. Hopper reads its operands from shared memory, and has more of it. Computed from machine
-code; none has been tuned on a GPU.
+four, and two such programs run side by side: one multiplies while the other converts. That suits sums which are added
+to fp32 on the way, e4m3's in fp16 and those with a scale for each 128 channels; int8 with a scale per token gains more
+from reading the weight half as often. Accumulators and an epilogue together are more than 255 registers, and a few are
+spilled around the loop, once per tile. Hopper reads its operands from shared memory, and has more of it. Computed from
+machine code; none has been tuned on a GPU.
 """
 
 from dataclasses import dataclass

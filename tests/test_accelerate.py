@@ -253,22 +253,35 @@ def test_weights_are_taken_over_not_copied(t2v: Case, dtype: torch.dtype, tmp_pa
         assert blocks[0].ffn_up.weight.dtype == outer.text_in.weight.dtype == dtype
 
 
-def test_16_bits_are_nearer_to_fp32_than_diffusers_is(case: Case) -> None:
-    """Both round to bf16 in other places; the residual stream, which wanfast keeps in fp32, weighs most."""
+STEP = 1 / 255  # of values in [0, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_16_bits_are_nearer_to_fp32_than_diffusers_is(case: Case, seed: int) -> None:
+    """Both round to bf16 in other places; the residual stream, which wanfast keeps in fp32, weighs most.
+
+    Where the two are more than 1/255 apart, it is diffusers that has left the truth: over 8 seeds and all families
+    2,375 of 1,966,080 values were, wanfast nearer in 2,337; more than 1/255 from the truth were 5 of wanfast's values
+    and 2,299 of diffusers'.
+    """
     case = copy.deepcopy(case)
+    generator = torch.Generator()
     for model in case.transformers:
         cast(model, torch.bfloat16)
         cast(model, torch.float32)
-    truth = case.run()
+    truth = case.run(generator=generator.manual_seed(seed))
     for model in case.transformers:
         cast(model, torch.bfloat16)
-    theirs = case.run()
+    theirs = case.run(generator=generator.manual_seed(seed))
     with case.accelerated():
-        ours = case.run()
-    error = [np.sqrt(np.mean((video - truth) ** 2)) for video in (ours, theirs)]
-    assert 0 < error[0] < error[1]
-    assert furthest(ours, theirs) <= furthest(ours, truth) + furthest(theirs, truth)
-    assert furthest(ours, truth) <= 2 / 255  # one pixel of 30,000, with guidance 4: 0.4 to 1.6 was seen
+        ours = case.run(generator=generator.manual_seed(seed))
+    our_error, their_error, apart = np.abs(ours - truth), np.abs(theirs - truth), np.abs(ours - theirs)
+    assert 0 < np.square(our_error).mean() < 0.75 * np.square(their_error).mean()  # up to 0.51 was seen
+    assert (apart <= our_error + their_error + 1e-6).all()
+    far = apart > STEP
+    assert (our_error >= their_error)[far].sum() <= 0.4 * far.sum()  # none to 12 of 37 in a run, 38 of 2,375 in all
+    assert (our_error > STEP).mean() <= 1e-4
+    assert our_error.max() <= 2 * STEP  # with guidance 4: 0.4 to 1.6 steps were seen
 
 
 def test_precisions(t2v: Case) -> None:
@@ -282,7 +295,7 @@ def test_precisions(t2v: Case) -> None:
     with case.accelerated(precision="fp32"):
         assert held(case)[1][0].ffn_up.weight.dtype == torch.float32
         assert furthest(case.run(), want) <= 2 / 255
-    with pytest.raises(RequestError, match=r"^precision: must be auto, fp32 or exact, got 'fast'"):
+    with pytest.raises(RequestError, match=r"^precision: must be one of auto, fp32, exact, fp8, int8, got 'fast'"):
         wanfast.accelerate(t2v.pipe, precision="fast")  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 import wanfast
 from wanfast.diffusers_backend.experts import Experts
+from wanfast.diffusers_backend.predict import split_timesteps
 from wanfast.errors import CheckpointError, RequestError
 
 CALL = {"output_type": "latent"}  # of three steps the last is the low-noise expert's
@@ -297,3 +298,16 @@ def test_a_folder_of_another_model(tmp_path: Path) -> None:
     another(diffusers_dit(small_config("i2v")), image_dim=32).save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=r"^transformer: must be of Wan 2\.2, got one with image_dim"):
         wanfast.WanFastTransformer3DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 3), (0, 5), (0, 8), (0, 11), (1, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("value", [0.0, 700.0])
+def test_one_other_timestep_in_a_frame_is_seen(place: tuple[int, int], value: float) -> None:
+    """Wherever it stands and whichever way it differs; frames of 4 tokens, the first with a timestep of its own."""
+    hidden = torch.zeros(2, 48, 3, 4, 4)
+    timesteps = torch.cat([torch.full((2, 4), 20.0), torch.full((2, 8), 500.0)], dim=1)
+    config = small_config("ti2v")
+    assert split_timesteps(timesteps, hidden, config) == [(20.0, 500.0)]
+    timesteps[place] = value
+    with pytest.raises(RequestError, match=r"^timestep: must be one value in the first latent frame"):
+        split_timesteps(timesteps, hidden, config)

@@ -18,7 +18,7 @@ import torch
 
 from wanfast.kernels._launch import HAS_TRITON
 from wanfast.residency import free_memory
-from wanfast.vae.conv import instruction_sets
+from wanfast.vae.extension import instruction_sets
 from wanfast.version import __version__
 
 Status = Literal["ok", "note", "problem"]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bench_engines import InProcess, StandIn, make_frames, stop_time
+from safetensors.torch import save_file
 
 import wanfast
 from wanfast.__main__ import main
@@ -244,6 +245,8 @@ MISTAKES = {
     "no checkout": (["--tiny", "--reference", "."], 2, "reference: must be a checkout"),
     "device": (["--tiny", "--device", "cuda:7"], 2, "device: must be one this machine has"),
     "vram": (["--tiny", "--vram", "lots"], 2, "vram: must be an amount of memory"),
+    "no LoRA file": (["--tiny", "--lora", "gone.safetensors"], 2, "lora: must be"),
+    "unknown case preset": (["--tiny", "--preset", "fast"], 2, "preset: must be one of lightning4"),
     "unknown flag": (["--tiny", "--run", 3], 2, "--run: no such argument, did you mean --runs"),
 }
 
@@ -283,6 +286,24 @@ def test_a_case_is_settled_once_for_all(played: Played) -> None:
     assert (tier.precision, tier.preset) == ("fp32", "lightning4")
     assert tier.apply(case.request).num_inference_steps == 4
     assert case.reference_precision == "fp32"
+
+
+def test_few_steps_and_loras_are_of_every_engine(played: Played) -> None:
+    dim, layer = 256, "diffusion_model.blocks.0.self_attn.q"
+    factors = {f"{layer}.lora_down.weight": torch.ones(2, dim), f"{layer}.lora_up.weight": torch.ones(dim, 2)}
+    save_file(factors, "few steps.safetensors")
+    words = ["--tiny", "--size", "48x32", "--num-frames", 5, "--preset", "lightning4"]
+    assert run("bench", *words, "--lora", "few steps.safetensors:0.5@low", "--quiet") == 0
+    (case,) = played.cases
+    assert (case.request.num_inference_steps, case.request.solver, case.request.guidance) == (4, "euler", 1.0)
+    (lora,) = case.loras
+    assert (Path(lora.path).name, lora.strength, lora.target) == ("few steps.safetensors", 0.5, "low_noise")
+    report, page = json.loads(Path("bench.json").read_text()), Path("bench.md").read_text()
+    assert report["case"]["loras"] == [{"file": "few steps.safetensors", "strength": 0.5, "target": "low_noise"}]
+    assert report["case"]["forwards"] == 4
+    assert "with the LoRAs of every engine few steps.safetensors at 0.5" in page
+    assert set(report["definitions"]["tiers"]) == {"exact", "8-bit", "cached", "few-step"}
+    assert "- tier cached: none" in page
 
 
 def test_diffusers_is_imported_by_functions_alone() -> None:

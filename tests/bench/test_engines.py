@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -172,7 +173,8 @@ def test_the_reference_takes_the_plans_steps(solver: Any) -> None:
     own.set_timesteps(7)
     want = torch.tensor([step.sigma for step in plan.steps])
     assert distance == pytest.approx(float((own.sigmas[:7] - want).abs().max()), abs=1e-6)
-    assert (distance < 1e-5) == (solver == "unipc")
+    has_official_grid = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 36)  # of UniPC
+    assert (distance < 1e-5) == (solver == "unipc" and has_official_grid)
     scheduler.set_timesteps(7, device="cpu")
     assert torch.equal(scheduler.sigmas[:7], want) and scheduler.sigmas[7] == 0
     assert scheduler.timesteps.tolist() == pytest.approx([step.timestep for step in plan.steps])

@@ -12,6 +12,7 @@ from wanfast.checkpoint.lookup import Sources
 from wanfast.config import ModelConfig
 from wanfast.errors import RequestError
 from wanfast.loaded import LoadedModel
+from wanfast.lora import LoraSpec
 from wanfast.pipeline import open_loaded
 from wanfast.plan import Plan, Precision, make_plan
 from wanfast.presets import PRESETS, apply_preset
@@ -54,6 +55,7 @@ class Case:
     config: ModelConfig
     request: Request  # complete, with its seed
     picture: Image.Image | None  # of the video's own size, so that no engine resizes it
+    loras: tuple[LoraSpec, ...] = ()  # of every engine
     tiers: tuple[Tier, ...]
     reference_precision: ReferencePrecision
     placement: Placement  # of the reference's weights, where there is a GPU

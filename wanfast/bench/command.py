@@ -99,7 +99,10 @@ def look_around(words: Sequence[str], case: Case) -> tuple[dict[str, Any], dict[
     device = torch.device(case.device)
     precisions = {plan_of(case, tier).precision for tier in (None, *case.tiers)}
     dtypes = {peak_dtype(precision) for precision in precisions}
-    return about_here(words, device), {dtype: peak_rate(device, dtype) for dtype in dtypes}
+    peaks = {dtype: peak_rate(device, dtype) for dtype in dtypes}
+    if torch.bfloat16 in peaks and torch.int8 in peaks and peaks[torch.int8].source == "measured":
+        peaks[torch.int8] = peaks[torch.bfloat16]  # 8 bits are held to the same products, which vary
+    return about_here(words, device), peaks
 
 
 def apart(look: Callable[[], Answer]) -> Answer:

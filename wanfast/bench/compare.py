@@ -14,7 +14,7 @@ _LEAST_SECONDS = 0.002  # what timers and a busy machine cost
 
 _SAME_CASE = (
     *("model", "weights", "width", "height", "num_frames", "steps", "solver", "shift", "guidance", "has_picture"),
-    *("device", "threads"),
+    *("loras", "device", "threads"),
 )
 
 
@@ -46,10 +46,10 @@ def check_comparable(case: Mapping[str, Any], earlier: Mapping[str, Any], path: 
         RequestError: they differ in what costs time; the message names the first thing.
     """
     for name in _SAME_CASE:
-        if case[name] != earlier["case"][name]:
+        before = earlier["case"].get(name, [])  # reports from before there were LoRAs have none
+        if case[name] != before:
             raise RequestError(
-                f"compare: must be of the same case, got {path} with {name} {earlier['case'][name]!r}, not"
-                f" {case[name]!r}"
+                f"compare: must be of the same case, got {path} with {name} {before!r}, not {case[name]!r}"
             )
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from wanfast.bench.case import Case, open_case, plan_of
+from wanfast.bench.diffusers_loras import load_loras
 from wanfast.bench.diffusers_pipeline import build_pipeline, hold_to_schedule, import_libraries, place_pipeline
 from wanfast.bench.engine import Made, write_clip
 from wanfast.bench.measure import Stopwatch
+from wanfast.lora import open_loras
 from wanfast.plan import Plan
 
 _SAME_SIGMA = 1e-5
@@ -36,12 +38,13 @@ class DiffusersEngine:
         model = open_case(self._case, self._plan.precision).model
         takes_picture = self._case.picture is not None
         self._pipeline = build_pipeline(model, self._plan, dtype, takes_picture=takes_picture)
+        self._notes = load_loras(self._pipeline, open_loras(self._case.loras, self._case.config))
         place_pipeline(self._pipeline, self._case.placement, self._device)
         if (distance := hold_to_schedule(self._pipeline.scheduler, self._plan)) > _SAME_SIGMA:
             says = (
                 f"its own sigmas differ from the official ones by up to {distance:.2g}; it was run on the official ones"
             )
-            self._notes = (says,)
+            self._notes += (says,)
 
     @torch.no_grad()
     def run(self, watch: Stopwatch, noise: Tensor, context: Tensor | None, clip: Path) -> Made:

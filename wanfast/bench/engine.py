@@ -17,6 +17,7 @@ from wanfast.bench.measure import Footprint, Meter, Stopwatch
 from wanfast.forecast import budget_here
 from wanfast.generation import Inputs, decode_frames, generate_latents
 from wanfast.loaded import LoadedModel
+from wanfast.lora import Lora, open_loras
 from wanfast.plan import Plan
 from wanfast.text.tokenizer import clean_prompt, tokenize
 from wanfast.text.umt5 import encode_texts
@@ -77,12 +78,14 @@ class WanfastEngine:
         self._case, self._tier = case, tier
         self._model: LoadedModel | None = None
         self._plan: Plan | None = None
+        self._loras: tuple[Lora, ...] = ()
 
     def load(self) -> None:
         """Open the weights and settle the plan, and hold it to the memory that is free."""
         self._model = open_case(self._case, self._tier.precision)
         self._plan = plan_of(self._case, self._tier)
-        budget_here(self._model, self._plan)
+        self._loras = open_loras(self._case.loras, self._model.config, self._model.model.experts)
+        budget_here(self._model, self._plan, self._loras)
 
     @torch.no_grad()
     def run(self, watch: Stopwatch, noise: Tensor, context: Tensor | None, clip: Path) -> Made:
@@ -92,7 +95,8 @@ class WanfastEngine:
         before = model.traffic
         with watch.stage("text"):
             own = _encode(model, plan)
-        inputs = Inputs(image=self._case.picture, latents=noise, context=own if context is None else context)
+        denoised_from = own if context is None else context
+        inputs = Inputs(image=self._case.picture, latents=noise, context=denoised_from, loras=self._loras)
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage == "image":

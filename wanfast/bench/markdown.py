@@ -25,11 +25,13 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
     case, machine, versions = report["case"], report["machine"], report["versions"]
     yield f"# {_text(case['model'])}, {case['width']}x{case['height']}, {case['num_frames']} frames"
     yield ""
+    told = [f"{_text(lora['file'])} at {lora['strength']:g}" for lora in case.get("loras", ())]
+    loras = f", with the LoRAs of every engine {', '.join(told)}" if told else ""
     guidance = ", ".join(f"{value:g} ({name})" for name, value in case["guidance"].items())
     yield (
         f"{case['steps']} steps, {case['forwards']} forwards of {case['tokens']} tokens, {case['solver']}, shift"
-        f" {case['shift']:g}, guidance {guidance}, seed {case['seed']}; weights: {case['weights']}. {case['runs']} warm"
-        f" runs of each engine, in turn: {', '.join(case['order'])}."
+        f" {case['shift']:g}, guidance {guidance}, seed {case['seed']}; weights: {case['weights']}{loras}."
+        f" Warm runs of each engine: {case['runs']}, in turn: {', '.join(case['order'])}."
     )
     if case["speed_only"]:
         yield ""
@@ -56,7 +58,7 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
     engines, case = report["engines"], report["case"]
     references = [engine for engine in engines if engine["role"] == "reference"]
     base = _median(references[0], "total") if references else None
-    columns = ["engine", "precision", "cold, s", "warm, s", "s / forward", "TFLOPS", "of peak"]
+    columns = ["engine", "precision", "forwards", "cold, s", "warm, s", "s / forward", "TFLOPS", "of peak"]
     columns += [f"{engine['name']} / this" for engine in references[:1]]
     for reference in references:
         columns += [f"PSNR to {reference['name']}, dB", "SSIM", "worst pixel"]
@@ -65,7 +67,7 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
     for engine in engines:
         total, forward = _median(engine, "total"), engine["seconds_per_forward"]
         cells = [engine["name"], engine["precision"] + (f", {engine['preset']}" if engine["preset"] else "")]
-        cells += [_cold_total(engine), _number(total), _number(forward and forward["median"])]
+        cells += [str(engine["forwards"]), _cold_total(engine), _number(total), _number(forward and forward["median"])]
         cells += [_number(engine["tflops"]), _percent(engine["share_of_peak"])]
         if references:
             cells.append(_number(base / total if base is not None and total is not None else None))
@@ -130,6 +132,7 @@ def _meanings(report: Mapping[str, Any]) -> Iterator[str]:
     told = report["definitions"]
     yield f"- **cold**: {told['cold']}."
     yield f"- **warm**: {told['warm']}."
+    yield from (f"- tier {kind}: {meaning}." for kind, meaning in told.get("tiers", {}).items())
     used = {stage for engine in report["engines"] for stage in (*engine["warm"], *(engine["cold"] or ()))}
     yield from (f"- {stage}: {meaning}." for stage, meaning in told["stages"].items() if stage in used)
 

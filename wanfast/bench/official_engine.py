@@ -47,6 +47,13 @@ def check_checkout(checkout: Path, case: Case) -> None:
     missing = missing_here()
     if missing:
         raise RequestError(f"reference: the official code needs {' and '.join(missing)}; leave --reference out")
+    if case.loras:
+        raise RequestError("reference: the official code loads no LoRA; leave --lora or --reference out")
+    if case.reference_precision != "bf16":
+        raise RequestError(
+            "reference: the official code computes in bf16 whatever its weights are in, got --reference-precision"
+            f" {case.reference_precision}; give it as bf16"
+        )
 
 
 def missing_here() -> list[str]:
@@ -74,6 +81,8 @@ class OfficialEngine:
         self._case, self._checkout = case, checkout
         self._model: Any = None
         self._plan = plan_of(case)
+        always = "it computes the velocity without the prompt even at guidance 1: twice the forwards of the others"
+        self._notes = (always,) if self._plan.num_forwards == len(self._plan.steps) else ()
 
     def load(self) -> None:
         """Import the checkout's code and open the weights with it."""
@@ -90,7 +99,7 @@ class OfficialEngine:
             dit_fsdp=False,
             use_sp=False,
             t5_cpu=False,
-            convert_model_dtype=self._case.reference_precision == "bf16",
+            convert_model_dtype=True,
         )
 
     def run(self, watch: Stopwatch, noise: Tensor, context: Tensor | None, clip: Path) -> Made:
@@ -103,7 +112,7 @@ class OfficialEngine:
             "sample_solver": _SOLVERS[plan.solver],
             "sampling_steps": len(plan.steps),
             "guide_scale": guidance if len(guidance) > 1 else guidance[0],
-            "n_prompt": plan.negative_prompt,
+            "n_prompt": plan.negative_prompt or " ",  # it takes its own list for an empty one
             "seed": plan.seed,
             "offload_model": self._case.placement != "resident",
         }
@@ -116,7 +125,7 @@ class OfficialEngine:
             video = self._model.generate(plan.prompt, **arguments)
         with watch.stage("decode"):
             frames = to_uint8(video[None])
-        return Made(frames=write_clip(watch, [frames], clip, plan.fps))
+        return Made(frames=write_clip(watch, [frames], clip, plan.fps), notes=self._notes)
 
     def step_aside(self) -> None:
         """Let the allocator's cache go; the code itself moves its models to the host where it is told to offload."""

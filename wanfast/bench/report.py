@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from wanfast.bench.difference import Difference, compare_videos
 from wanfast.bench.engine import Run
 from wanfast.bench.measure import Peak, peak_dtype
 from wanfast.bench.rounds import Result
+from wanfast.lora import LoraSpec
 from wanfast.plan import Plan
 
 FORMAT = 1  # raised when a reader of the old one would misread the new one
@@ -37,6 +39,14 @@ STAGES = {
     "other": "the total, less the stages",
     "total": "prompts to mp4, without load",
 }
+# What a tier gives up for its speed; none of wanfast's defaults gives up anything.
+TIERS = {
+    "exact": "fp32, or exact = 16 bits where the reference has 16 bits; every forward of every step",
+    "8-bit": "fp8 or int8: the blocks multiply in 8 bits; every forward of every step",
+    "cached": "none: wanfast has no tier that skips forwards or blocks for being like the last ones",
+    "few-step": "a preset: fewer steps, for weights or LoRAs that were distilled to them; the reference does the same"
+    " work only where the case has the preset too (--preset)",
+}
 _PARTS = ("text", "image", "denoise", "decode", "write", "generate")  # of a total
 
 # What a video may differ by before it is called wrong. These are chosen, not measured, but for the first: where both
@@ -61,7 +71,7 @@ def make_report(
     return {
         "format": FORMAT,
         **about,
-        "definitions": {"cold": COLD, "warm": WARM, "stages": STAGES},
+        "definitions": {"cold": COLD, "warm": WARM, "stages": STAGES, "tiers": TIERS},
         "case": case_of(case, [result.contender.name for result in results]),
         "engines": [_engine(case, result, references, peaks) for result in results],
         "findings": [],
@@ -127,6 +137,7 @@ def case_of(case: Case, order: Sequence[str]) -> dict[str, Any]:
         "solver": plan.solver,
         "shift": plan.shift,
         "guidance": {expert.name: expert.guidance for expert in plan.experts},
+        "loras": [_lora_of(spec) for spec in case.loras],
         "seed": plan.seed,
         "tokens": plan.num_tokens,
         "flops_per_forward": plan.flops_per_forward,
@@ -136,6 +147,10 @@ def case_of(case: Case, order: Sequence[str]) -> dict[str, Any]:
         "warmup": case.warmup,
         "order": list(order),
     }
+
+
+def _lora_of(spec: LoraSpec) -> dict[str, Any]:
+    return {"file": Path(spec.path).name, "strength": spec.strength, "target": spec.target}
 
 
 def _engine(

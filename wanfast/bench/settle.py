@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -10,12 +11,14 @@ from PIL import Image
 
 from wanfast.bench.case import PLACEMENTS, Case, Placement, ReferencePrecision, Weights, parse_tiers, plan_of
 from wanfast.bench.random_model import tiny_of
-from wanfast.budget import HOST_RESERVE_BYTES, gigabytes
+from wanfast.budget import gigabytes
 from wanfast.checkpoint.lookup import Sources
 from wanfast.command_parts import request_for, sources_of
 from wanfast.config import MODELS, ModelConfig
 from wanfast.errors import MemoryBudgetError, RequestError
+from wanfast.host_memory import HOST_RESERVE_BYTES
 from wanfast.images import load_image
+from wanfast.lora import open_loras, parse_lora
 from wanfast.model import open_model
 from wanfast.pipeline import open_loaded
 from wanfast.plan import make_plan
@@ -44,6 +47,8 @@ def settle_case(arguments: argparse.Namespace) -> Case:
     if weights in ("random", "tiny random"):
         row = _row(arguments.model)
         config = row if weights == "random" else tiny_of(row, config)
+    loras = tuple(parse_lora(text) for text in arguments.lora)
+    open_loras(loras, config)  # what fits no layer is refused here
     request, picture = _settle_request(arguments, config)
     automatic: ReferencePrecision = "bf16" if opened.device.type == "cuda" else "fp32"
     asked = arguments.reference_precision
@@ -53,6 +58,7 @@ def settle_case(arguments: argparse.Namespace) -> Case:
         config=config,
         request=request,
         picture=picture,
+        loras=loras,
         tiers=parse_tiers(arguments.tiers, opened.device),
         reference_precision=automatic if asked == "auto" else cast(ReferencePrecision, asked),
         placement=cast(Placement, arguments.reference_offload),
@@ -169,6 +175,8 @@ def notes(case: Case) -> list[str]:
         f" {len(plan.steps)} steps on {case.device}; {', '.join(tier.name for tier in case.tiers)} beside diffusers in"
         f" {case.reference_precision}"
     ]
+    if case.loras:
+        lines.append(f"LoRAs of every engine: {', '.join(Path(spec.path).name for spec in case.loras)}")
     if case.is_speed_only:
         lines.append("random weights: speed alone is told, no difference of the videos")
     if case.device != "cpu":

@@ -18,16 +18,19 @@ Pipe = TypeVar("Pipe")
 _FAST = {WanTransformer3DModel: WanFastTransformer3DModel, AutoencoderKLWan: WanFastAutoencoder}
 
 
-def accelerate(pipe: Pipe, precision: Literal["auto", "fp32", "exact"] = "auto", vram: int | str | None = None) -> Pipe:
+def accelerate(
+    pipe: Pipe, precision: Literal["auto", "fp32", "exact", "fp8", "int8"] = "auto", vram: int | str | None = None
+) -> Pipe:
     """Run a diffusers pipeline's transformers and VAE on wanfast; everything else of it stays as it is.
 
     The modules keep their parameters, which wanfast reads where they are. Only a precision that is not the weights' own
-    makes a copy of them.
+    makes a copy of them: of 8 bits in host memory, where the modules' own weights then stay too.
 
     Args:
         pipe: a WanPipeline or WanImageToVideoPipeline with a Wan 2.2 model; changed in place.
-        precision: of the transformers: "fp32", or "exact" = 16 bits where the reference has 16 bits; "auto" is what the
-            weights' dtype says. The VAE computes in its own dtype.
+        precision: of the transformers: "fp32", or "exact" = 16 bits where the reference has 16 bits; "fp8" or "int8" =
+            that, with the blocks multiplying in 8 bits; "auto" is what the weights' dtype says, never fewer bits. The
+            VAE computes in its own dtype.
         vram: device memory that the transformers' blocks may keep, in bytes or as "20GB": the weights then stay in host
             memory, wherever the pipeline is moved to. None is no bound.
 
@@ -45,16 +48,15 @@ def accelerate(pipe: Pipe, precision: Literal["auto", "fp32", "exact"] = "auto",
     for part, module in parts.items():
         check_module(part, module)
         if part in transformers:
-            config_of(module)
+            experts.check_fit(config_of(module), module.device)
     for name, module in zip(names, transformers.values(), strict=True):
-        if isinstance(module, WanFastTransformer3DModel):
-            _put_back(module)
-        device = module.device
-        if experts.budget is not None and device.type != "cpu":
-            module.to("cpu")
+        device = (_put_back(module) if isinstance(module, WanFastTransformer3DModel) else None) or module.device
+        place = torch.device("cpu") if experts.is_hosted else device
+        if module.device != place:
+            module.to(place)
         _adopt(module, WanFastTransformer3DModel)
         module._wanfast = (experts, name)
-        module._wanfast_device = None if experts.budget is None else device
+        module._wanfast_device = device if experts.is_hosted else None
     if "vae" in parts:
         _adopt(parts["vae"], WanFastAutoencoder)
         parts["vae"]._wanfast = experts
@@ -72,14 +74,19 @@ def restore(pipe: Pipe) -> Pipe:
 
     Raises:
         RequestError: it is not accelerated.
+        torch.OutOfMemoryError: weights that stayed in host memory do not fit the device the pipeline was moved to. The
+            modules are diffusers' own then, with these weights where they were.
     """
-    modules = [
+    modules: list[Any] = [
         module for module in getattr(pipe, "components", {}).values() if isinstance(module, tuple(_FAST.values()))
     ]
     if not modules:
         raise RequestError(f"pipe: must have been given to wanfast.accelerate before, got {type(pipe).__name__}")
-    for module in modules:
-        _put_back(module)
+    # All are diffusers' own before any is moved, which the device may have no room for.
+    places = [_put_back(module) for module in modules]
+    for module, place in zip(modules, places, strict=True):
+        if place is not None:
+            module.to(place)
     return pipe
 
 
@@ -108,14 +115,14 @@ def _adopt(module: Any, kind: Any) -> None:
     module.__class__ = kind
 
 
-def _put_back(module: Any) -> None:
+def _put_back(module: Any) -> torch.device | None:
+    """Make a module diffusers' own again; where its owner wants it, if its weights stayed behind in host memory."""
     kind = next(plain for plain, fast in _FAST.items() if isinstance(module, fast))
     device: torch.device | None = module.__dict__.pop("_wanfast_device", None)
     module.__dict__.pop("_wanfast", None)
     _rebind(module, type(module).forward, kind.forward)
     module.__class__ = kind
-    if device is not None:
-        module.to(device)
+    return device
 
 
 def _rebind(module: Any, old: Any, new: Any) -> None:

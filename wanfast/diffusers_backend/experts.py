@@ -1,7 +1,7 @@
 """The transformers of a pipeline as wanfast's DiT reads them: from the modules that own their weights."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -16,10 +16,15 @@ from wanfast.config import DiTConfig, ExpertName
 from wanfast.diffusers_backend.checks import check_module
 from wanfast.diffusers_backend.mapped import own_written_pages
 from wanfast.diffusers_backend.snapshot import Snapshot, active_loras, official_tensors, unmerge_disabled
+from wanfast.dit import packed
+from wanfast.dit.packed import PackedBlock
 from wanfast.dit.weights import BlockWeights, OuterWeights, expected_tensors, load_block, load_outer
 from wanfast.errors import RequestError
 from wanfast.residency import Residency, map_tensors, parse_bytes, to_device
+from wanfast.residency.memory import free_host_memory, named_tensors
+from wanfast.residency.store import RESERVE_BYTES
 
+PRECISIONS = ("auto", "fp32", "exact", "fp8", "int8")
 Blocks = Callable[[], Iterator[BlockWeights]]
 
 
@@ -29,7 +34,14 @@ class Expert:
 
     config: DiTConfig  # text_len is 0: a pipeline's prompts have any length
     outer: OuterWeights
-    blocks: Blocks  # the blocks in order, anew at each call
+    exact_blocks: Blocks  # the blocks in order, anew at each call; with 8-bit weights they compute in 16 bits
+    eight_bit: torch.dtype | None = None  # in which blocks multiply
+
+    def blocks(self) -> Iterator[BlockWeights | PackedBlock]:
+        """Give the blocks in order, as the expert's precision multiplies."""
+        if self.eight_bit is None:
+            return self.exact_blocks()
+        return map(partial(packed.pack_block, dtype=self.eight_bit), self.exact_blocks())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +53,21 @@ class _Held:
     config: DiTConfig
     dtype: torch.dtype  # of the computation
     outer: OuterWeights
-    blocks: tuple[BlockWeights, ...]  # empty where each is cast as it is used
+    blocks: tuple[BlockWeights, ...]  # empty where each is cast or rounded as it is used
+    eight_bit: torch.dtype | None
+    rounded: dict[int, BlockWeights] = field(default_factory=dict)  # to 8 bits, as many as the host has room for
 
     def block(self, index: int) -> BlockWeights:
-        return self.blocks[index] if self.blocks else load_block(self.reader, self.config, index, self.dtype)
+        if self.blocks:
+            return self.blocks[index]
+        if index in self.rounded:
+            return self.rounded[index]
+        block = load_block(self.reader, self.config, index, self.dtype)
+        if self.eight_bit is not None:
+            block = packed.prepare_block(block, self.eight_bit)
+            if free_host_memory() > RESERVE_BYTES + sum(tensor.nbytes for _, tensor in named_tensors(block)):
+                self.rounded[index] = block
+        return block
 
 
 _Modules = dict[ExpertName, ReferenceType[nn.Module]]
@@ -53,8 +76,8 @@ _Modules = dict[ExpertName, ReferenceType[nn.Module]]
 class Experts:
     """The weights of a pipeline's transformers, with what of them is on the device where there is a bound.
 
-    Without a bound weights are used where the module's owner put them. With one they stay in host memory; one expert at
-    a time has blocks on the device, as many as the bound allows, and the others pass through.
+    Without a bound weights are used where the module's owner put them. With one, or in 8 bits, they stay in host
+    memory: one expert at a time has blocks on the device, as many as the bound or the device allows; others pass.
     """
 
     def __init__(self, modules: Mapping[ExpertName, nn.Module], precision: str, vram: int | str | None) -> None:
@@ -62,16 +85,17 @@ class Experts:
 
         Args:
             modules: WanTransformer3DModels by expert.
-            precision: "auto", "fp32" or "exact".
+            precision: "auto", "fp32", "exact", "fp8" or "int8".
             vram: bytes of the device that blocks may keep; None is no bound.
 
         Raises:
             RequestError: precision or vram is not as above.
         """
-        if precision not in ("auto", "fp32", "exact"):
-            raise RequestError(f"precision: must be auto, fp32 or exact, got {precision!r}")
+        if precision not in PRECISIONS:
+            raise RequestError(f"precision: must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.budget = None if vram is None else parse_bytes("vram", vram)
         self.precision = precision
+        self._eight_bit = packed.DTYPES.get(precision)
         # Weak, so that a module nobody else holds is gone at once, and what is held of it with it.
         self._modules: _Modules = {name: ref(module) for name, module in modules.items()}
         self._held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
@@ -83,6 +107,20 @@ class Experts:
     def __deepcopy__(self, memo: object) -> "Experts":
         """A copied module finds that these are another's, and makes its own."""
         return self
+
+    @property
+    def is_hosted(self) -> bool:
+        """Whether the modules' own weights stay in host memory, wherever the pipeline computes."""
+        return self.budget is not None or self._eight_bit is not None
+
+    def check_fit(self, config: DiTConfig, device: torch.device) -> None:
+        """Refuse a model or a GPU that cannot multiply as the precision asks.
+
+        Raises:
+            RequestError: no kernel multiplies the model's channels in 8 bits there.
+        """
+        if self._eight_bit is not None and device.type == "cuda":
+            packed.refuse_unfit(config, self.precision, device)
 
     def owns(self, name: ExpertName, module: nn.Module) -> bool:
         """Whether an expert's weights are this module's."""
@@ -101,15 +139,16 @@ class Experts:
             CheckpointError: its tensors are not those of a Wan 2.2 transformer, or not finite.
         """
         held = self._current(name)
-        if self.budget is None:
+        if not self.is_hosted:
             _check_device(held, device)
             outer, blocks = held.outer, held.blocks.__iter__
         else:
             outer, blocks = self._stream(name, held, device)
         adapter = self._adapter(name, held, lora_scale, device)
         if adapter is None:
-            return Expert(held.config, outer, blocks)
-        return Expert(held.config, attach(outer, adapter.outer), lambda: map(attach, blocks(), adapter.blocks))
+            return Expert(held.config, outer, blocks, self._eight_bit)
+        attached: Blocks = lambda: map(attach, blocks(), adapter.blocks)  # noqa: E731
+        return Expert(held.config, attach(outer, adapter.outer), attached, self._eight_bit)
 
     def release(self) -> None:
         """Let go what was brought to the device for a bound; the next forward brings it anew."""
@@ -131,7 +170,7 @@ class Experts:
     def _hold(self, name: ExpertName, module: nn.Module) -> _Held:
         check_module(name, module)
         unmerge_disabled(module)
-        if self.budget is not None:
+        if self.is_hosted:
             own_written_pages(module)
         tensors = official_tensors(module)
         config = config_of(module)
@@ -139,15 +178,16 @@ class Experts:
         check_names(reader, expected_tensors(config), part=f"{name} diffusion transformer")
         stored = tensors["blocks.0.self_attn.q.weight"].dtype
         dtype = _compute_dtype(self.precision, stored)
-        is_kept = self.budget is None or dtype == stored
+        is_kept = self._eight_bit is None and (self.budget is None or dtype == stored)
         indices = range(config.num_layers) if is_kept else ()
         outer = load_outer(reader, config, dtype)
         blocks = tuple(load_block(reader, config, index, dtype) for index in indices)
-        taken = _addresses((outer, blocks)) if self.budget is None else frozenset()
-        return _Held(Snapshot(module, taken), reader, config, dtype, outer, blocks)
+        taken = frozenset() if self.is_hosted else _addresses((outer, blocks))
+        return _Held(Snapshot(module, taken), reader, config, dtype, outer, blocks, self._eight_bit)
 
     def _stream(self, name: ExpertName, held: _Held, device: torch.device) -> tuple[OuterWeights, Blocks]:
         if self._residency is None or self._device != device:
+            self.check_fit(held.config, device)
             self.release()  # of the device before
             # No pinned copies in host memory: the weights are there already, with their owner.
             load = partial(_load, self._modules, self._held)  # not a method: it would keep `self` alive
@@ -223,9 +263,14 @@ def config_of(module: Any) -> DiTConfig:
 
 
 def _compute_dtype(precision: str, stored: torch.dtype) -> torch.dtype:
-    """Settle what blocks compute in; "exact" is 16 bits, of the weights' own kind where they have one."""
+    """Settle what blocks compute in; "exact" is 16 bits, of the weights' own kind where they have one.
+
+    What is not 8-bit in an 8-bit precision is bf16, as in wanfast's own runs.
+    """
     if precision == "fp32" or (precision == "auto" and stored == torch.float32):
         return torch.float32
+    if precision in packed.DTYPES:
+        return torch.bfloat16
     return torch.bfloat16 if stored == torch.float32 else stored
 
 

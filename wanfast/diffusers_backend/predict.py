@@ -1,7 +1,9 @@
 """One forward of diffusers' transformer as one pass of wanfast's DiT."""
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,12 +11,16 @@ from torch import Tensor
 from wanfast.config import DiTConfig, ExpertName
 from wanfast.diffusers_backend.experts import Experts
 from wanfast.dit.model import patch_grid, predict_velocities
+from wanfast.dit.packed import PackedBlock
+from wanfast.dit.weights import BlockWeights
 from wanfast.errors import RequestError
 
+_log = logging.getLogger("wanfast")
+
+_EXPLODED = 1e3  # of a velocity, which is about 1
 Timesteps = tuple[float | None, float]  # of the first latent frame, where it has its own; of the others
 
 
-@torch.no_grad()
 def predict_sample(
     experts: Experts, name: ExpertName, hidden: Tensor, timestep: Tensor, text: Tensor, *, lora_scale: float
 ) -> Tensor:
@@ -32,18 +38,43 @@ def predict_sample(
         RequestError: a shape does not fit, or the timesteps of a frame differ.
     """
     kind = hidden.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        expert = experts.open(name, hidden.device, lora_scale=lora_scale)
-        config = replace(expert.config, text_len=text.shape[1])  # diffusers attends to what it is given, unpadded
-        timesteps = split_timesteps(timestep, hidden, config)
-        size = len(hidden) if len(timesteps) == 1 else 1
-        parts = zip(torch.split(hidden, size), torch.split(text, size), timesteps, strict=True)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            return _predict(experts, name, hidden, timestep, text, lora_scale)
+    return _predict(experts, name, hidden, timestep, text, lora_scale)  # as in a pipeline; entering costs microseconds
+
+
+def _predict(
+    experts: Experts, name: ExpertName, hidden: Tensor, timestep: Tensor, text: Tensor, lora_scale: float
+) -> Tensor:
+    expert = experts.open(name, hidden.device, lora_scale=lora_scale)
+    config = _with_text_len(expert.config, text.shape[1])
+    timesteps = split_timesteps(timestep, hidden, config)
+
+    def predict(blocks: Callable[[], Iterator[BlockWeights | PackedBlock]]) -> Tensor:
         velocities = []
         for part, own_text, (first, rest) in parts:
             velocities += predict_velocities(
-                part.float(), rest, [own_text], expert.outer, expert.blocks(), config, first_frame_timestep=first
+                part, rest, [own_text], expert.outer, blocks(), config, first_frame_timestep=first
             )
-    return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
+        return velocities[0] if len(velocities) == 1 else torch.cat(velocities)
+
+    latents = hidden.float()
+    if len(timesteps) == 1:
+        parts = [(latents, text, timesteps[0])]
+    else:
+        parts = list(zip(torch.split(latents, 1), torch.split(text, 1), timesteps, strict=True))
+    velocity = predict(expert.blocks)
+    if expert.eight_bit is None or bool(velocity.abs().amax() < _EXPLODED):  # false for NaN too
+        return velocity
+    _log.warning("%s transformer: 8-bit numbers ran out of range; this forward is made again in 16 bits", name)
+    return predict(expert.exact_blocks)
+
+
+@lru_cache(maxsize=8)
+def _with_text_len(config: DiTConfig, text_len: int) -> DiTConfig:
+    """Let the text have as many rows as it has: diffusers attends to what it is given, unpadded."""
+    return replace(config, text_len=text_len)
 
 
 def split_timesteps(timestep: Tensor, hidden: Tensor, config: DiTConfig) -> list[Timesteps]:
@@ -76,15 +107,16 @@ def split_timesteps(timestep: Tensor, hidden: Tensor, config: DiTConfig) -> list
 
 
 def _frame_timesteps(timestep: Tensor, per_frame: int) -> list[Timesteps]:
-    first, rest = timestep[:, :per_frame], timestep[:, per_frame:]
-    rest = rest if rest.shape[1] else first
-    extremes = torch.stack([first.amin(1), first.amax(1), rest.amin(1), rest.amax(1)], dim=1)
+    """Read [B, tokens] timesteps; a frame's lowest and highest say whether all of it is at one."""
+    extremes = torch.stack(timestep.reshape(len(timestep), -1, per_frame).aminmax(dim=2))  # [2, B, F]
     pairs: list[Timesteps] = []
-    for first_low, first_high, low, high in extremes.tolist():
-        if first_low != first_high or low != high:
+    for lows, highs in zip(*extremes.tolist(), strict=True):
+        first, rest = lows[0], lows[-1]
+        low, high = min(lows[1:], default=rest), max(highs[1:], default=rest)
+        if first != highs[0] or low != high:
             raise RequestError(
                 "timestep: must be one value in the first latent frame and one in all others, as the pipelines give"
-                f" them, got {first_low:g} to {first_high:g} and {low:g} to {high:g}"
+                f" them, got {first:g} to {highs[0]:g} and {low:g} to {high:g}"
             )
-        pairs.append((None if first_low == low else first_low, low))
+        pairs.append((None if first == low else first, low))
     return pairs

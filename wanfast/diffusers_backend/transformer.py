@@ -31,7 +31,7 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
     """
 
     _wanfast: tuple[Experts, ExpertName] | None = None
-    _wanfast_device: torch.device | None = None  # where it computes, while a bound keeps its weights in host memory
+    _wanfast_device: torch.device | None = None  # where it computes, while its weights stay in host memory
 
     @property
     def _engine(self) -> tuple[Experts, ExpertName]:
@@ -147,8 +147,8 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
         return self._wanfast_device or super().device
 
     def to(self, *args: Any, **kwargs: Any) -> "WanFastTransformer3DModel":
-        """Move or cast; under a bound on memory the weights stay in host memory, and only the computation moves."""
-        if self._engine[0].budget is None:
+        """Move or cast; under a bound on memory, or in 8 bits, weights stay where they are, the computation moves."""
+        if not self._engine[0].is_hosted:
             return super().to(*args, **kwargs)  # type: ignore[no-any-return]
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None:
