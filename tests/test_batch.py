@@ -130,7 +130,7 @@ def test_a_clip_that_fails_leaves_the_others_alone(
 def test_a_file_that_cannot_be_written_leaves_the_others_alone(
     models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = batch_command.write_video
+    own = batch_command.encode_video
 
     def failing(path: Path, *arguments: Any, **more: Any) -> Any:
         if path.name.startswith("0004"):
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_written_leaves_the_others_alone(
         return own(path, *arguments, **more)
 
     with monkeypatch.context() as broken:
-        broken.setattr(batch_command, "write_video", failing)
+        broken.setattr(batch_command, "encode_video", failing)
         assert main(line(models("t2v"), "--json")) == 1
     results = json.loads(capsys.readouterr().out)
     assert [result["error"] is None for result in results] == [True, False, True]
@@ -195,7 +195,7 @@ def test_a_finished_batch_is_not_made_again(
     assert main(line(models("t2v"))) == 0
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in clips.iterdir()}
     with monkeypatch.context() as idle:
-        idle.setattr(batch_command, "generate_batch", lambda *arguments: iter(()))
+        idle.setattr(LoadedModel, "expert", None)
         capsys.readouterr()
         assert main(line(models("t2v"), "--json")) == 0
     assert [result["line"] for result in json.loads(capsys.readouterr().out)] == [3, 4, 5]
@@ -275,7 +275,7 @@ def test_a_stopped_batch_leaves_nothing_beside_finished_clips(
     models: Callable[[str], Path], clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_state, "KEEP_AFTER_SECONDS", 0.0)
-    own, written = batch_command.write_video, []
+    own, written = batch_command.encode_video, []
 
     def stopping(path: Path, *arguments: Any, **more: Any) -> Any:
         written.append(path)
@@ -284,7 +284,7 @@ def test_a_stopped_batch_leaves_nothing_beside_finished_clips(
         return own(path, *arguments, **more)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(batch_command, "write_video", stopping)
+        stopped.setattr(batch_command, "encode_video", stopping)
         assert main(line(models("t2v"))) == 130
     assert [path.name for path in sorted(clips.glob("*.resume"))] == [f"{written[2].name}.resume"]
     assert main(line(models("t2v"))) == 0

@@ -97,7 +97,7 @@ def test_the_step_is_taken_again(
         )
     assert torch.equal(got, want)
     assert steps == [0, 1, 2, 3]
-    assert caplog.text.count("it is taken again with fewer blocks") == len(calls)
+    assert caplog.text.count("it is taken again with fewer weights") == len(calls)
 
 
 @pytest.mark.parametrize("calls", [{1}, {9, 10}, {12, 40}])
@@ -149,11 +149,11 @@ def test_a_gpu_keeps_the_blocks_that_the_plan_has_room_for(model: Path, monkeypa
     for slots in (2, 5, 8):
         limit = others + slots * whole.slot_bytes
         monkeypatch.setattr(forecast, "_limits_here", lambda model, limit=limit: (limit, 10**12))
-        forecast.bound_blocks(loaded, [plan])
+        forecast.bound_blocks(loaded, [forecast.budget_here(loaded, plan)])
     assert allowed == [slots * whole.slot_bytes for slots in (2, 5, 8)]
     monkeypatch.setattr(forecast, "_limits_here", lambda model: (whole.slot_bytes, 10**12))
     with pytest.raises(MemoryBudgetError, match="needs"):
-        forecast.bound_blocks(loaded, [plan])
+        forecast.budget_here(loaded, plan)
 
 
 def test_fewer_slots_are_kept_from_the_next_run_on(model: Path) -> None:

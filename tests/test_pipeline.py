@@ -106,7 +106,7 @@ def test_a_callback_cannot_disturb_the_run(t2v: wanfast.Pipeline) -> None:
 
 
 def test_context_stands_in_for_prompts(t2v: wanfast.Pipeline) -> None:
-    from wanfast.generation import encode_prompts
+    from wanfast.prompts import encode_prompts
     from wanfast.request import Request
 
     plan = t2v.plan(Request(PROMPT, negative_prompt=NEGATIVE))

@@ -192,7 +192,7 @@ def test_a_printed_plan_says_what_will_run():
         "unipc, shift 12, 40 steps, 80 DiT evaluations",
         "steps 1-26  high_noise, guidance 4, sigma 1.000 -> 0.866, timesteps 999 -> 877",
         "steps 27-40  low_noise, guidance 3, sigma 0.866 -> 0.000, timesteps 865 -> 235",
-        "6,523 TFLOP per DiT evaluation, 521,875 in all; computed",
+        "6,523 TFLOP per DiT evaluation, 521,875 TFLOP in all; computed",
     ):
         assert line in text
     assert max(map(len, text.splitlines())) <= 120

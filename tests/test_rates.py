@@ -1,17 +1,23 @@
 """Seconds of a plan from what earlier generations took here: noted once each, and never in the way."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import wanfast
 from wanfast import rates
+from wanfast.budget import make_budget
 from wanfast.config import T2V_A14B
 from wanfast.plan import Plan, make_plan
-from wanfast.predict import decode_chunk_flops
+from wanfast.predict import Rates, decode_chunk_flops, predict
 from wanfast.rates import StageClock, measured_rates, note_rates, rates_file
 from wanfast.request import Request
+from wanfast.residency.slots import HostSlots
+from wanfast.residency.store import HostBlock
+from wanfast.weight_sizes import weight_sizes
 
 STEP, CHUNK = 3.0, 2.0  # seconds
 
@@ -87,6 +93,56 @@ def test_too_little_was_seen() -> None:
     note_rates(T2V_A14B, plan, clock_of(plan))
     assert measured_rates(T2V_A14B, "cpu", "exact", 1e9) is None
     note_rates(T2V_A14B, plan, StageClock())
+
+
+def test_waits_for_blocks_are_not_in_the_rates_and_are_added_for_the_slots_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run on a slow link waits in every step; what is predicted of the same run is as long as it was."""
+    plan = plan_of()
+    link, num_slots = 2e9, 10
+    sizes = weight_sizes(T2V_A14B, "exact")
+    budget = replace(make_budget(T2V_A14B, plan, sizes, vram=None), num_slots=num_slots)
+    rates_of_it = Rates(2 * plan.flops_per_forward / STEP, 1e12, link, "measured")
+    truth = predict(T2V_A14B, plan, sizes, budget, rates_of_it)
+    assert truth.stall > 5
+    now, waited = 0.0, 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = StageClock(idle=lambda: waited)
+    stall = truth.seconds_per_step - STEP
+    for index in range(len(plan.steps) + 1):
+        clock("steps", index, len(plan.steps))
+        now, waited = now + STEP + stall, waited + stall
+    clock.times["decode"] = clock_of(plan).times["decode"]
+    note_rates(T2V_A14B, plan, clock)
+    found = measured_rates(T2V_A14B, "cpu", "exact", link)
+    assert found is not None
+    assert found.dit_flops == pytest.approx(rates_of_it.dit_flops)
+    again = predict(T2V_A14B, plan, sizes, budget, found)
+    assert again.seconds_per_step == pytest.approx(STEP + stall)
+    resident = predict(T2V_A14B, plan, sizes, replace(budget, num_slots=80), found)
+    assert resident.seconds_per_step == pytest.approx(STEP)
+
+
+def test_a_run_through_slots_tells_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy takes a while on a CPU, where the thread that computes waits for it."""
+    fill, slept = HostSlots.fill, 0.002
+
+    def slowly(self: HostSlots, slot: int, block: HostBlock) -> None:
+        time.sleep(slept)
+        fill(self, slot, block)
+
+    monkeypatch.setattr(HostSlots, "fill", slowly)
+    clocks: list[StageClock] = []
+    monkeypatch.setattr("wanfast.generation.note_rates", lambda config, plan, clock: clocks.append(clock))
+    pipeline = wanfast.load(device="cpu", vram=1)
+    began = time.perf_counter()
+    pipeline.generate("a ball", width=32, height=32, num_frames=1, num_inference_steps=3)
+    took = time.perf_counter() - began
+    idle = pipeline.loaded.traffic.idle_seconds
+    assert idle == pipeline.loaded.traffic.stall_seconds > 0
+    noted = [seconds for _, seconds in clocks[0].times["steps"]]
+    assert 0 <= noted[-1] - noted[0] <= took - idle
 
 
 def test_progress_is_passed_on() -> None:

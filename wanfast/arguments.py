@@ -181,7 +181,8 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="WxH", help="pixels, such as 832x480, or 480p, 720p")
     add("--num-frames", "--frame-num", type=int, metavar="N", help="frames, 4n + 1")
     add("--seed", type=int, default=0, metavar="N", help="of the noise, which all engines have")
-    _add_step_arguments(parser)
+    _add_sampling_arguments(parser)
+    add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="of every engine, the reference included")
     add("--runs", type=int, default=3, metavar="N", help="of each engine in turn, after its cold one; default: 3")
     add("--warmup", type=int, default=0, metavar="N", help="runs after the cold one that do not count; default: 0")
     add("--reference", metavar="DIR", help="a checkout of Wan-Video/Wan2.2, to be run beside diffusers")
@@ -200,7 +201,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fail-if-slower", action="store_true", help="exit code 1 if one is")
     add("--fail-if-different", action="store_true", help="exit code 1 if a video differs more from the reference's")
     add("--quiet", action="store_true", help="no progress, no notes")
-    parser.set_defaults(preset=None, task=None, fps=None)
+    parser.set_defaults(task=None, fps=None)
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,13 +223,13 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names another machine than this one, and how files that are not there would store a model."""
     add = parser.add_argument
     add("--gpu", metavar="NAME", help="plan for this card: 4090, 5090, h200, ...")
-    add("--stored", metavar="FORMAT", help="of a model named without files: bf16, fp8, int8, q8_0, q4_k, ...")
+    add("--stored", metavar="FORMAT", help="of a model named without files: fp32 (as published), bf16, fp8, q4_k, ...")
 
 
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: the GPU if there is one")
-    add("--vram", metavar="SIZE", help="device memory weights may keep, such as 24GB; default: what is free")
+    add("--vram", metavar="SIZE", help="of a GPU that may be used, such as 24GB; on a CPU what blocks are copied to")
     add("--ram", metavar="SIZE", help="host memory that may be used, such as 64GB; default: what is free")
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from wanfast.plan import Plan, request_of
 from wanfast.progress import Progress
 from wanfast.prompt_file import PromptLine, read_prompts
 from wanfast.run_state import RunKeeper, RunState, changed_file, mark_files, read_run, resume_file
-from wanfast.video import check_writable, read_settings, write_video
+from wanfast.video import check_writable, encode_video, read_settings
+
+_log = logging.getLogger("wanfast")
 
 _RANDOM_SEED = -1  # as in the reference's generate.py
 _OF_ONE_CLIP = (MediaError, RequestError, NumericsError, MemoryBudgetError)  # the others go on
@@ -82,19 +87,28 @@ def _make_clips(
             f"prompts: must give each clip a name of its own, got {twice} for lines {numbers[0]} and {numbers[1]} of"
             f" {arguments.prompts}"
         )
-    clips = [_prepare(arguments, model, line, folder, loras) for line in lines]
+    clips: list[_Clip] = []
+    results: list[dict[str, Any]] = []
+    for line, name in zip(lines, names, strict=True):
+        try:
+            clips.append(_prepare(arguments, model, line, folder, loras))
+        except MemoryBudgetError as error:
+            _log.warning("line %d: %s; the others are made", line.number, error)
+            results.append({"line": line.number, "path": str(folder / name), "seed": None, "error": str(error)})
     note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
-    warn_of_preset(model, clips[0].plan, loras)
+    if clips:
+        warn_of_preset(model, clips[0].plan, loras)
     missing = [clip for clip in clips if not clip.is_there]
-    note(arguments, f"{len(clips)} clips, {len(clips) - len(missing)} of them there already")
-    results = [_result(clip) for clip in clips if clip.is_there]
+    note(arguments, f"{len(lines)} clips, {len(clips) - len(missing)} of them there already")
+    results += [_result(clip) for clip in clips if clip.is_there]
     results += _make(arguments, model, missing)
+    results.sort(key=lambda result: result["line"])
     if arguments.json:
         print(json.dumps(results, ensure_ascii=False))
     failed = [result for result in results if result["error"] is not None]
     if failed:
         listed = "; ".join(f"line {result['line']}: {result['error']}" for result in failed)
-        raise NumericsError(f"{len(failed)} of {len(clips)} clips failed: {listed}")
+        raise NumericsError(f"{len(failed)} of {len(lines)} clips failed: {listed}")
 
 
 @contextmanager
@@ -122,7 +136,7 @@ def _prepare(
         image_path = None if line.image is None else Path(arguments.prompts).absolute().parent / line.image
         image = None if image_path is None else load_image(image_path)
         asked = argparse.Namespace(**vars(arguments) | line.arguments | {"prompt": line.prompt})
-        plan = plan_for(model, request_for(asked, model.config, image))
+        plan = plan_for(model, request_for(asked, model.config, image), loras)
         output = folder / (line.output or _name(line))
         check_writable(output)
         inputs = Inputs(image=image, loras=loras)
@@ -136,7 +150,7 @@ def _prepare(
                 f"model: must be as it was when {output.name} was begun, got {changed}, which has changed since; add"
                 " --overwrite"
             )
-    except (RequestError, MediaError, CheckpointError, MemoryBudgetError) as error:
+    except (RequestError, MediaError, CheckpointError) as error:
         raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
     if not _is_same(earlier, settings, is_seed_given=asked.seed not in (None, _RANDOM_SEED)):
         raise RequestError(
@@ -146,7 +160,7 @@ def _prepare(
     return _Clip(
         line=line,
         output=output,
-        plan=plan_for(model, replace(request_of(plan), seed=seed)),
+        plan=plan_for(model, replace(request_of(plan), seed=seed), loras),
         inputs=replace(inputs, state=None if run is None else run.state),
         settings=earlier,
         is_there=run is None,
@@ -174,33 +188,53 @@ def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Cl
         Job(plan=clip.plan, inputs=clip.inputs, on_state=keeper.update)
         for clip, keeper in zip(clips, keepers, strict=True)
     ]
-    results = []
-    with _stopped(keepers, arguments), Progress(is_shown=not arguments.quiet) as progress:
+    results: list[dict[str, Any]] = []
+    # A file is finished in a thread of its own, while the next clip is decoded. On the way out it is waited for.
+    with (
+        _stopped(keepers, arguments),
+        Progress(is_shown=not arguments.quiet) as progress,
+        ThreadPoolExecutor(1, "wanfast-clips") as finishing,
+    ):
 
         def tell(index: int) -> Any:
             name = clips[index].output.name
             return lambda stage, done, total: progress.update(stage, done, total, about=name)
 
+        before: Future[dict[str, Any]] | None = None
         for made in generate_batch(model, jobs, tell):
-            clip = clips[made.index]
-            clip, error = _write(clip, made, overwrite=arguments.overwrite)
-            results.append(_result(clip, error))
-            if error is None:
-                keepers[made.index].finish()
-                if not arguments.json:
-                    print(clip.output, flush=True)
+            finish = _encode(clips[made.index], made, overwrite=arguments.overwrite)
+            if before is not None:
+                results.append(before.result())  # one file waits at most
+            before = finishing.submit(partial(_finish, arguments, clips[made.index], keepers[made.index], finish))
+        if before is not None:
+            results.append(before.result())
     return results
 
 
-def _write(clip: _Clip, made: Made, *, overwrite: bool) -> tuple[_Clip, Exception | None]:
-    """Write a clip's frames, and say where they are; a failure is its own, the others go on."""
+def _encode(clip: _Clip, made: Made, *, overwrite: bool) -> Callable[[], Path] | Exception:
+    """Decode a clip's frames into its file; a failure is its own, the others go on."""
     if made.frames is None:
-        return clip, made.error
+        return made.error or NumericsError("no frames were made")
     try:
-        path = write_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings, overwrite=overwrite)
+        return encode_video(clip.output, made.frames, fps=clip.plan.fps, settings=clip.settings, overwrite=overwrite)
     except _OF_ONE_CLIP as error:
-        return clip, error
-    return replace(clip, output=path), None
+        return error
+
+
+def _finish(
+    arguments: argparse.Namespace, clip: _Clip, keeper: RunKeeper, finish: Callable[[], Path] | Exception
+) -> dict[str, Any]:
+    """Complete a clip's file and say where it is."""
+    if isinstance(finish, Exception):
+        return _result(clip, finish)
+    try:
+        clip = replace(clip, output=finish())
+    except _OF_ONE_CLIP as error:
+        return _result(clip, error)
+    keeper.finish()
+    if not arguments.json:
+        print(clip.output, flush=True)
+    return _result(clip)
 
 
 @contextmanager

@@ -1,28 +1,34 @@
-"""Where every byte of a generation lives, stage by stage: settled from sizes alone, and refused where it cannot fit.
+"""Where every byte of a generation lives, stage by stage: settled from sizes alone.
 
 A stage is a pass through the code between two releases of memory: text, picture, the steps, decoding. What is counted
 is what torch is asked for, and a fixed share for the driver and its libraries; all of it is computed, none measured.
+A GPU has memory of its own, and the host's beside it. A CPU has the host's alone: there all of it is in the stages.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from wanfast.config import ModelConfig
 from wanfast.dit.chunking import CHUNKINGS, Chunking
-from wanfast.dit.memory import dit_activations, dit_activations_8bit, kept_text_bytes
-from wanfast.errors import MemoryBudgetError, RequestError
-from wanfast.plan import EIGHT_BIT, Plan, make_plan, request_of
+from wanfast.dit.memory import (
+    dit_activations,
+    dit_activations_8bit,
+    dit_activations_8bit_reference,
+    kept_text_bytes,
+)
+from wanfast.host_memory import HOST_RESERVE_BYTES, around_kept, clip_bytes, kept_blocks, passes_of, pixel_bytes
+from wanfast.plan import EIGHT_BIT, Plan
 from wanfast.residency.residency import MIN_SLOTS
 from wanfast.text.memory import text_activations
 from wanfast.vae.memory import VAEActivations, decode_activations, encode_activations
 from wanfast.vae.tiles import most_tiles
+from wanfast.vae.weights import compute_dtype
 from wanfast.weight_sizes import WeightSizes
 
 DRIVER_BYTES = 600_000_000  # of a GPU: CUDA's context, loaded kernels, workspaces of cuBLAS
-HOST_RESERVE_BYTES = 2 * 2**30  # what the residency leaves to the system
 _FP32 = 4
+_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
 _SOLVER_TENSORS = 6  # latents, noise, velocities and a solver's history, of the latents' size
 
 
@@ -52,17 +58,21 @@ class Budget:
     """The memory of one generation."""
 
     stages: tuple[Stage, ...]  # in the order they run
-    limit: int | None  # bytes of the device; None: not known
+    limit: int | None  # bytes of the device, which on a CPU is the host; None: not known
     num_slots: int  # equal slots for blocks of the diffusion transformers, at least 2
     num_blocks: int  # blocks of one expert
     num_experts: int  # that take steps
     slot_bytes: int
     stored: str  # the form of the blocks' projections
     chunking: Chunking  # of the steps
+    is_in_place: bool = False  # on a CPU: blocks are used where they were loaded, there are no slots
+    is_mapped: bool = True  # blocks lie in their files as they are used
     tilings: Mapping[str, Tiling] = field(default_factory=dict)  # by stage, of those in which a VAE works
-    host: Mapping[str, int] = field(default_factory=dict)  # what -> bytes of host memory
-    host_missing: int = 0  # bytes of blocks that are copied again and for which the host has no room
+    host: Mapping[str, int] = field(default_factory=dict)  # beside a GPU: what -> bytes of host memory
     host_limit: int | None = None
+    host_room: int | None = None  # bytes of host memory for blocks, beside slots; None: as much as is useful
+    host_missing: int = 0  # bytes of blocks that are used again and for which the host has no room
+    clip_bytes: int = 0  # of a clip that waits for others, on the host
 
     @property
     def peak(self) -> Stage:
@@ -70,9 +80,19 @@ class Budget:
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
-    def fits(self) -> bool:
+    def fits_device(self) -> bool:
         """Whether every stage is within the limit."""
         return self.limit is None or self.peak.total <= self.limit
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether what a GPU needs of the host is there."""
+        return self.host_limit is None or sum(self.host.values()) <= self.host_limit
+
+    @property
+    def fits(self) -> bool:
+        """Whether all of it is within the limits."""
+        return self.fits_device and self.fits_host
 
     @property
     def is_resident(self) -> bool:
@@ -109,35 +129,34 @@ def make_budget(
         config: the model.
         plan: made for it.
         sizes: of its weights.
-        vram: bytes of the device; None is as much as is useful.
+        vram: bytes of the GPU; on a CPU bytes for blocks, in slots where that is less than an expert. None is as much
+            as is useful.
         ram: bytes of the host; None is as much as is useful.
 
     Returns:
-        The budget, which may not fit: `fits` says, `refuse_what_cannot_fit` raises.
+        The budget, which may not fit: `fits` says.
     """
-    experts = tuple(dict.fromkeys(step.expert for step in plan.steps))
-    carried = _driver(plan) | _carried(config, plan)
-    steps, chunking = _steps_that_fit(
-        config, plan, sizes, carried | _around_blocks(plan, sizes, len(experts)), vram=vram
-    )
-    num_blocks = config.dit.num_layers
+    return (_beside_a_gpu if _on_gpu(plan) else _on_the_host)(config, plan, sizes, vram, ram)
+
+
+def _beside_a_gpu(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int | None, ram: int | None) -> Budget:
+    experts, num_blocks = _experts(plan), config.dit.num_layers
+    other = _standing(plan) | _carried(config, plan) | _around_blocks(plan, sizes, len(experts))
+    steps, chunking = _steps_that_fit(config, plan, sizes, other, least=MIN_SLOTS * sizes.slot, limit=vram)
     wanted = num_blocks * len(experts)
     most = wanted if vram is None else slots_that_fit(vram, sum(steps.values()), sizes.slot, wanted)
     num_slots = max(MIN_SLOTS, num_blocks if num_blocks <= most < wanted else most)
-    steps = {_slots_label(num_slots, num_blocks): num_slots * sizes.slot} | steps
+    steps = {_slots_label(num_slots, num_blocks, len(experts)): num_slots * sizes.slot} | steps
+    stages, tilings = _stages(config, plan, sizes, steps, vram)
 
-    stages = [Stage("text", _text_items(config, plan, sizes))]
-    tilings = {}
-    if plan.image_size is not None:
-        items, tilings["picture"] = _fewest_tiles(
-            plan, lambda n: carried | _picture_items(config, plan, sizes, n), vram
-        )
-        stages.append(Stage("picture", items))
-    stages.append(Stage(f"steps ({', '.join(experts)})", steps))
-    items, tilings["decode"] = _fewest_tiles(plan, lambda n: _decode_items(config, plan, sizes, n), vram)
-    stages.append(Stage("decode", items))
-    budget = Budget(
-        stages=tuple(Stage(stage.name, {what: size for what, size in stage.items.items() if size}) for stage in stages),
+    in_strips = tilings["decode"].num_tiles > 1
+    host = around_kept(plan, slot=max(sizes.slot, sizes.text_slot), loading=sizes.loading, in_strips=in_strips)
+    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_mapped=sizes.is_mapped)
+    room = None if ram is None else max(0, ram - sum(host.values()))
+    most_kept, at_once = kept.most * sizes.slot, kept.at_once * sizes.slot
+    host["blocks, kept to be copied"] = most_kept if room is None else min(room, most_kept)
+    return Budget(
+        stages=_without_zeros(stages),
         limit=vram,
         num_slots=num_slots,
         num_blocks=num_blocks,
@@ -145,22 +164,99 @@ def make_budget(
         slot_bytes=sizes.slot,
         stored=sizes.stored,
         chunking=chunking,
+        is_mapped=sizes.is_mapped,
         tilings=tilings,
+        host={what: size for what, size in host.items() if size},
         host_limit=ram,
+        host_room=room,
+        host_missing=0 if room is None else max(0, at_once - room),
+        clip_bytes=clip_bytes(plan),
     )
-    again, waiting = _copied_again(budget), _waiting_pixels(plan, budget)
-    kept = again if ram is None else max(0, min(again, ram - HOST_RESERVE_BYTES - sum(waiting.values())))
-    host = {"left to the system": HOST_RESERVE_BYTES, "blocks that are copied again": kept} | waiting
-    return replace(budget, host=host, host_missing=again - kept)
+
+
+def _on_the_host(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int | None, ram: int | None) -> Budget:
+    """Place everything in the one memory that a CPU has."""
+    experts, num_blocks = _experts(plan), config.dit.num_layers
+    expert = num_blocks * sizes.slot
+    is_in_place = vram is None or vram >= expert
+    num_slots = num_blocks if vram is None or is_in_place else max(MIN_SLOTS, vram // sizes.slot)
+    slots = 0 if is_in_place else num_slots * sizes.slot
+    made = 0 if sizes.is_mapped else MIN_SLOTS * sizes.slot  # the block in use, and the next one while it is made
+    other = _standing(plan) | _carried(config, plan) | _around_blocks(plan, sizes, 1)
+    steps, chunking = _steps_that_fit(config, plan, sizes, other, least=slots + made, limit=ram)
+    stages, tilings = _stages(config, plan, sizes, steps, None if ram is None else ram - slots)
+
+    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_mapped=sizes.is_mapped)
+    useful = expert if is_in_place else kept.most * sizes.slot
+    needed = expert if is_in_place else kept.at_once * sizes.slot
+    room = None if ram is None else max(0, ram - slots - max(stage.total for stage in stages))
+    if sizes.is_mapped:  # pages of files, which go as soon as anything else needs the room
+        held = 0 if not is_in_place else useful if room is None else min(room, useful)
+        needed = needed if is_in_place else 0
+        staying, in_steps = {}, {"pages of an expert's blocks": held}
+    else:
+        if room is None or room >= useful:
+            held, made = useful, 0
+        else:  # what is not kept is made for each use
+            room = max(0, min(room, (ram or 0) - slots - made - sum(steps.values())))
+            held = room // sizes.slot * sizes.slot
+        what = "blocks of an expert" if is_in_place else "blocks, kept to be copied"
+        staying, in_steps = {what: held}, {"blocks that are being made": made}
+    staying[_slots_label(num_slots, num_blocks, len(experts))] = slots
+    placed = [
+        Stage(stage.name, dict(stage.items) | staying | (in_steps if stage.name.startswith("steps") else {}))
+        for stage in stages
+    ]
+    return Budget(
+        stages=_without_zeros(placed),
+        limit=ram,
+        num_slots=num_slots,
+        num_blocks=num_blocks,
+        num_experts=len(experts),
+        slot_bytes=sizes.slot,
+        stored=sizes.stored,
+        chunking=chunking,
+        is_in_place=is_in_place,
+        is_mapped=sizes.is_mapped,
+        tilings=tilings,
+        host_room=room,
+        host_missing=max(0, needed - held),
+        clip_bytes=clip_bytes(plan),
+    )
+
+
+def _stages(
+    config: ModelConfig, plan: Plan, sizes: WeightSizes, steps: Mapping[str, int], limit: int | None
+) -> tuple[list[Stage], dict[str, Tiling]]:
+    """List the stages in their order; a VAE takes the picture in as few strips as fit."""
+    carried = _standing(plan) | _carried(config, plan)
+    stages, tilings = [Stage("text", _text_items(config, plan, sizes))], {}
+    if plan.image_size is not None:
+        items, tilings["picture"] = _fewest_tiles(
+            plan, lambda n: carried | _picture_items(config, plan, sizes, n), limit
+        )
+        stages.append(Stage("picture", items))
+    stages.append(Stage(f"steps ({', '.join(_experts(plan))})", steps))
+    items, tilings["decode"] = _fewest_tiles(plan, lambda n: _decode_items(config, plan, sizes, n), limit)
+    stages.append(Stage("decode", items))
+    return stages, tilings
+
+
+def _without_zeros(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(Stage(stage.name, {what: size for what, size in stage.items.items() if size}) for stage in stages)
+
+
+def _experts(plan: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(step.expert for step in plan.steps))
 
 
 def _steps_that_fit(
-    config: ModelConfig, plan: Plan, sizes: WeightSizes, other: Mapping[str, int], *, vram: int | None
+    config: ModelConfig, plan: Plan, sizes: WeightSizes, other: Mapping[str, int], *, least: int, limit: int | None
 ) -> tuple[dict[str, int], Chunking]:
-    """Cut the steps as little as leaves room for two blocks, or as finely as they can be cut."""
+    """Cut the steps as little as leaves `least` bytes for blocks, or as finely as they can be cut."""
     for chunking in CHUNKINGS:
         items = dict(other) | _step_items(config, plan, chunking, sizes)
-        if vram is None or sum(items.values()) + MIN_SLOTS * sizes.slot <= vram:
+        if limit is None or sum(items.values()) + least <= limit:
             break
     return items, chunking
 
@@ -173,15 +269,16 @@ def _itemsize(plan: Plan) -> int:
     return 4 if plan.precision == "fp32" else 2
 
 
-def _driver(plan: Plan) -> dict[str, int]:
-    return {"driver and libraries": DRIVER_BYTES} if _on_gpu(plan) else {}
+def _standing(plan: Plan) -> dict[str, int]:
+    """What is not this generation's, in every stage."""
+    return {"driver and libraries": DRIVER_BYTES} if _on_gpu(plan) else {"left to the system": HOST_RESERVE_BYTES}
 
 
 def _text_items(config: ModelConfig, plan: Plan, sizes: WeightSizes) -> dict[str, int]:
     num_tokens = config.dit.text_len
     activations = text_activations(config.text, num_tokens=num_tokens, num_prompts=2, itemsize=_itemsize(plan))
     blocks = {"two blocks of the encoder": MIN_SLOTS * sizes.text_slot}
-    return _driver(plan) | blocks | {"activations": activations}
+    return _standing(plan) | blocks | {"activations": activations}
 
 
 def _fewest_tiles(
@@ -199,23 +296,22 @@ def _fewest_tiles(
     return items, Tiling(most_tiles(*plan.latent_shape[2:]), whole)
 
 
-def _waiting_pixels(plan: Plan, budget: Budget) -> dict[str, int]:
-    """Frames that wait on the host until their last strip is decoded."""
-    if budget.tilings["decode"].num_tiles == 1:
-        return {}
-    return {"pixels of strips": plan.num_frames * plan.height * plan.width * 3}
-
-
 def _picture_items(config: ModelConfig, plan: Plan, sizes: WeightSizes, num_tiles: int) -> dict[str, int]:
+    itemsize = _vae_itemsize(plan)
     activations = encode_activations(
         config.vae,
         height=plan.height,
         width=plan.width,
         num_frames=_encoded(plan),
-        is_joined=_on_gpu(plan),
+        is_joined=_on_gpu(plan) and itemsize == _FP32,
         num_tiles=num_tiles,
+        itemsize=itemsize,
     )
-    return {"VAE encoder": sizes.vae_encoder} | _vae_items(activations)
+    return {"VAE encoder": sizes.vae_encoder * itemsize // _FP32} | _vae_items(activations)
+
+
+def _vae_itemsize(plan: Plan) -> int:
+    return compute_dtype(plan.precision, plan.device).itemsize
 
 
 def _around_blocks(plan: Plan, sizes: WeightSizes, num_experts: int) -> dict[str, int]:
@@ -225,105 +321,22 @@ def _around_blocks(plan: Plan, sizes: WeightSizes, num_experts: int) -> dict[str
 
 def _decode_items(config: ModelConfig, plan: Plan, sizes: WeightSizes, num_tiles: int) -> dict[str, int]:
     _, num_frames, rows, columns = plan.latent_shape
-    activations = decode_activations(
-        config.vae, rows=rows, columns=columns, num_frames=num_frames, is_joined=_on_gpu(plan), num_tiles=num_tiles
-    )
-    weights = {"latents": _latent_bytes(plan), "VAE decoder": sizes.vae_decoder}
-    return _driver(plan) | weights | _vae_items(activations)
-
-
-def refuse_what_cannot_fit(
-    config: ModelConfig, plan: Plan, sizes: WeightSizes, *, vram: int | None, ram: int | None = None
-) -> Budget:
-    """Make the budget, and refuse a generation that does not fit.
-
-    Raises:
-        MemoryBudgetError: it does not fit; the message has the numbers, and the nearest requests that fit.
-    """
-    budget = make_budget(config, plan, sizes, vram=vram, ram=ram)
-    if budget.fits:
-        return budget
-    assert vram is not None
-    peak = budget.peak
-    largest = sorted(peak.items.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{what} {gigabytes(size)}" for what, size in largest)
-    near = nearest_that_fit(config, plan, sizes, vram=vram)
-    remedy = " or ".join(near) + (" fits" if len(near) == 1 else " fit") if near else "no size of this model fits"
-    raise MemoryBudgetError(
-        f"{'vram' if plan.device.startswith('cuda') else 'ram'}: {plan.width}x{plan.height} with {plan.num_frames}"
-        f" frames needs {gigabytes(peak.total)} at its peak, {peak.name} ({parts}), got {gigabytes(vram)}; {remedy}"
-    )
-
-
-def nearest_that_fit(config: ModelConfig, plan: Plan, sizes: WeightSizes, *, vram: int) -> list[str]:
-    """Search the model's sizes and frame counts for what fits: the most frames at this size, the next size below.
-
-    Returns:
-        At most two, as text; none where even the smallest does not fit.
-    """
-    found = []
-    width, height = plan.asked_size
-    if (frames := _most_frames(config, plan, sizes, width, height, vram)) is not None:
-        found.append(f"{width}x{height} with {frames} frames")
-    smaller = sorted((size for size in _sizes_below(config, width, height)), key=lambda size: -size[0] * size[1])
-    for width, height in smaller:
-        frames = _most_frames(config, plan, sizes, width, height, vram)
-        if frames is not None:
-            found.append(f"{width}x{height} with {frames} frames")
-            break
-    return found
+    itemsize = _vae_itemsize(plan)
+    size = {"rows": rows, "columns": columns, "num_frames": num_frames, "num_tiles": num_tiles, "itemsize": itemsize}
+    activations = decode_activations(config.vae, is_joined=_on_gpu(plan) and itemsize == _FP32, **size)
+    weights = {"latents": _latent_bytes(plan), "VAE decoder": sizes.vae_decoder * itemsize // _FP32}
+    waiting = {} if _on_gpu(plan) or num_tiles == 1 else {"pixels of strips": pixel_bytes(plan)}
+    return _standing(plan) | weights | _vae_items(activations) | waiting
 
 
 def gigabytes(size: int) -> str:
-    """Write an amount of memory as people read it."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
-def budget_to_dict(budget: Budget) -> dict[str, Any]:
-    """Return the budget as JSON-able values, in bytes."""
-    return {
-        "source": "computed",
-        "peak": budget.peak.total,
-        "peak_stage": budget.peak.name,
-        "limit": budget.limit,
-        "stages": {stage.name: dict(stage.items) | {"total": stage.total} for stage in budget.stages},
-        "slots": budget.num_slots,
-        "slot_bytes": budget.slot_bytes,
-        "stored": budget.stored,
-        "expert_is_resident": budget.is_resident,
-        "tokens_at_a_time": budget.chunking.tokens,
-        "guidance_in_turn": budget.chunking.in_turn,
-        "tiles": {stage: tiling.num_tiles for stage, tiling in budget.tilings.items()},
-        "host": dict(budget.host),
-        "host_peak": sum(budget.host.values()),
-    }
-
-
-def _sizes_below(config: ModelConfig, width: int, height: int) -> list[tuple[int, int]]:
-    """The model's sizes of less area, of the same orientation where there is a choice."""
-    below = [size for size in config.sizes if size[0] * size[1] < width * height]
-    alike = [size for size in below if (size[0] >= size[1]) == (width >= height)]
-    return alike or below
-
-
-def _most_frames(config: ModelConfig, plan: Plan, sizes: WeightSizes, width: int, height: int, vram: int) -> int | None:
-    """The largest number of frames, at most the plan's, that fits; None where one frame does not."""
-    stride = config.vae.temporal_stride
-
-    def fits(latent_frames: int) -> bool:
-        num_frames = (latent_frames - 1) * stride + 1
-        request = replace(request_of(plan), width=width, height=height, num_frames=num_frames)
-        try:
-            smaller = make_plan(config, request, precision=plan.precision, device=plan.device)
-        except RequestError:  # an image too thin for so small an area
-            return False
-        return make_budget(config, smaller, sizes, vram=vram).fits
-
-    low, high = 0, plan.latent_shape[1]
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return None if low == 0 else (low - 1) * stride + 1
+    """Write an amount of memory as people read it: gigabytes for all that is of weight beside a model."""
+    if size < 1000:
+        return f"{size} bytes"
+    for limit, unit in ((10**6, "kB"), (10**7, "MB"), (10**12, "GB"), (10**15, "TB")):
+        if size < limit:
+            return f"{size / _UNITS[unit]:.2f} {unit}"
+    return f"{size / _UNITS['PB']:,.2f} PB"
 
 
 def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
@@ -341,8 +354,10 @@ def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
 def _step_items(config: ModelConfig, plan: Plan, chunking: Chunking, sizes: WeightSizes) -> dict[str, int]:
     num_contexts, itemsize = max(step.num_forwards for step in plan.steps), _itemsize(plan)
     kept = kept_text_bytes(config.dit, num_contexts=num_contexts, itemsize=itemsize, limit=chunking.text_bytes)
-    in_8_bits = plan.precision in EIGHT_BIT and _on_gpu(plan)
-    count = dit_activations_8bit if in_8_bits else partial(dit_activations, itemsize=itemsize)
+    count: Callable[..., dict[str, int]] = partial(dit_activations, itemsize=itemsize)
+    if plan.precision in EIGHT_BIT:
+        on_a_cpu = partial(dit_activations_8bit_reference, is_int8=plan.precision == "int8")
+        count = dit_activations_8bit if _on_gpu(plan) else on_a_cpu
     return {"keys and values of the text": kept} | count(
         config.dit,
         num_tokens=plan.num_tokens,
@@ -371,16 +386,9 @@ def _latent_bytes(plan: Plan) -> int:
     return channels * frames * rows * columns * _FP32
 
 
-def _slots_label(num_slots: int, num_blocks: int) -> str:
-    if num_slots >= 2 * num_blocks:
+def _slots_label(num_slots: int, num_blocks: int, num_experts: int) -> str:
+    if num_slots >= num_blocks * num_experts and num_experts > 1:
         return "blocks of both experts"
     if num_slots >= num_blocks:
         return f"all {num_blocks} blocks of an expert"
     return f"{num_slots} slots for {num_blocks} blocks"
-
-
-def _copied_again(budget: Budget) -> int:
-    """Bytes of the blocks that are copied more than once; the others only pass through the pages of their files."""
-    if budget.is_resident:
-        return 0
-    return min(budget.num_blocks, budget.num_blocks - budget.num_slots + 1) * budget.num_experts * budget.slot_bytes

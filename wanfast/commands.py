@@ -45,8 +45,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = open_loaded(
         sources, precision=arguments.precision, vram=arguments.vram, ram=arguments.ram, device=arguments.device
     )
-    plan = plan_for(model, request_for(arguments, model.config, image))
     loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
+    plan = plan_for(model, request_for(arguments, model.config, image), loras)
     note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
     _make(arguments, model, plan, Inputs(image=image, loras=loras), absolute(arguments.image))
@@ -127,8 +127,8 @@ def _repeat(arguments: argparse.Namespace, recorded: Recorded, run: StoredRun | 
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     if run is not None and (changed := changed_file(run.files, mark_files(model.model.readers))) is not None:
         raise RequestError(f"model: must be as it was when the run was begun, got {changed}, which has changed since")
-    plan = plan_for(model, recorded.request)
     loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
+    plan = plan_for(model, recorded.request, loras)
     inputs = Inputs(image=image, loras=loras, state=None if run is None else run.state)
     _make(arguments, model, plan, inputs, None if image is None else absolute(image_path))
 

@@ -1,16 +1,17 @@
 """What a generation will need on a machine: one place that puts plan, weights, card and limits together."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from wanfast.block_sizes import GGUF_BLOCKS
-from wanfast.budget import DRIVER_BYTES, Budget, make_budget, refuse_what_cannot_fit
+from wanfast.budget import DRIVER_BYTES, Budget, make_budget
 from wanfast.checkpoint.reader import Reader
 from wanfast.config import ModelConfig
-from wanfast.dit.chunking import Chunking, leanest
+from wanfast.fitting import refuse_what_cannot_fit
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.machines import Gpu, known_gpu
@@ -19,7 +20,7 @@ from wanfast.predict import Prediction, Rates, datasheet_rates, predict
 from wanfast.rates import measured_rates
 from wanfast.residency import free_memory
 from wanfast.residency.memory import free_host_memory
-from wanfast.weight_sizes import WeightSizes, largest_block, weight_sizes
+from wanfast.weight_sizes import WeightSizes, largest_block, loading_bytes, weight_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def make_forecast(
         plan: made for it.
         sizes: of its weights.
         gpu: the card, if it is known.
-        vram: bytes of the card that may be used; None is all of it.
+        vram: bytes of the card that may be used, None is all of it; on a CPU those for blocks, as in `make_budget`.
         ram: bytes of the host that may be used; None is as much as is useful.
         rates: that were measured; the card's data sheet where there are none.
 
@@ -55,8 +56,9 @@ def make_forecast(
         MemoryBudgetError: the plan does not fit; the message says what would.
     """
     on_gpu = plan.device.startswith("cuda")
-    limit = ram if not on_gpu else vram if vram is not None or gpu is None else gpu.memory
-    budget = refuse_what_cannot_fit(config, plan, sizes, vram=limit, ram=ram)
+    if vram is None and gpu is not None:
+        vram = gpu.memory
+    budget = refuse_what_cannot_fit(config, plan, sizes, vram=vram, ram=ram)
     if rates is None and on_gpu and gpu is not None:
         rates = datasheet_rates(gpu, plan)
     return Forecast(budget, None if rates is None else predict(config, plan, sizes, budget, rates))
@@ -67,31 +69,36 @@ def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecas
     vram, ram = _limits_here(model)
     gpu = known_gpu(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None
     link = gpu.link if gpu is not None else math.inf  # on a CPU blocks are used where they are
-    rates = measured_rates(model.config, plan.device, plan.precision, link) if gpu is not None or vram is None else None
+    is_known = gpu is not None or model.device.type == "cpu"
+    rates = measured_rates(model.config, plan.device, plan.precision, link) if is_known else None
     return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram, rates=rates)
 
 
 def budget_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> Budget:
     """Settle the memory of a plan, and of what LoRAs add to it, on this machine; errors as in `make_forecast`."""
     vram, ram = _limits_here(model)
-    limit = vram if model.device.type == "cuda" else ram
     sizes = with_loras(sizes_of(model), model.config, plan, loras)
-    return refuse_what_cannot_fit(model.config, plan, sizes, vram=limit, ram=ram)
+    return refuse_what_cannot_fit(model.config, plan, sizes, vram=vram, ram=ram)
 
 
-def bound_blocks(model: LoadedModel, plans: Sequence[Plan], loras: Sequence[Lora] = ()) -> Chunking:
-    """Leave a GPU's blocks no more memory than the plans, made one after another, have for them.
-
-    Returns:
-        How the steps of each of them are cut.
-
-    Raises:
-        MemoryBudgetError: a plan does not fit; the message says what would.
-    """
-    budgets = [budget_here(model, plan, loras) for plan in plans]
-    if model.device.type == "cuda":  # on a CPU blocks are used where they were loaded, which are mostly mapped files
+def bound_blocks(model: LoadedModel, budgets: Sequence[Budget]) -> None:
+    """Leave blocks no more memory than each of the generations, made one after another, has for them."""
+    if model.device.type == "cuda":  # on a CPU `vram` bounds slots by itself, without it there are none
         model.allow_blocks(min(budget.num_slots * budget.slot_bytes for budget in budgets))
-    return leanest([budget.chunking for budget in budgets])
+    waiting = sum(budget.clip_bytes for budget in budgets)
+    rooms = [room - waiting + one.clip_bytes for one in budgets if (room := one.host_room) is not None]
+    if rooms:
+        model.allow_host(max(0, min(rooms)))
+
+
+def decodes_beside_blocks(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> bool:
+    """Whether a GPU has room for decoding the whole picture with the experts' weights where they are."""
+    vram, ram = _limits_here(model)
+    sizes = with_loras(sizes_of(model), model.config, plan, loras)
+    budget = make_budget(model.config, plan, sizes, vram=vram, ram=ram)
+    decode = next(stage for stage in budget.stages if stage.name == "decode")
+    held = budget.num_slots * budget.slot_bytes + budget.num_experts * sizes.outer + sizes.loras
+    return budget.limit is None or decode.total + held <= budget.limit
 
 
 def tiles_here(model: LoadedModel, plan: Plan, stage: str) -> int:
@@ -106,16 +113,21 @@ def tiles_here(model: LoadedModel, plan: Plan, stage: str) -> int:
         The fewest that fit; as many as are worth cutting where even those may not.
     """
     vram, ram = _limits_here(model)
-    limit = vram if model.device.type == "cuda" else ram
-    return make_budget(model.config, plan, sizes_of(model), vram=limit, ram=ram).tilings[stage].num_tiles
+    if model.device.type == "cpu" and ram is not None:
+        ram -= model.host_bytes  # blocks stay where they are meanwhile
+    return make_budget(model.config, plan, sizes_of(model), vram=vram, ram=ram).tilings[stage].num_tiles
 
 
-def _limits_here(model: LoadedModel) -> tuple[int | None, int]:
+def _limits_here(model: LoadedModel) -> tuple[int | None, int | None]:
     """Bytes of the device and of the host: what is free, or less where the user wants it."""
     free_ram = free_host_memory()
-    ram = free_ram if model.ram is None else min(model.ram, free_ram)
+    ram: int | None = free_ram + model.host_bytes  # what blocks take is the model's own and makes room
+    if model.ram is not None:
+        ram = min(model.ram, free_ram + model.host_bytes)
+    elif free_ram == sys.maxsize:  # the system does not tell
+        ram = None
     if model.device.type != "cuda":
-        return None, ram
+        return model.vram, ram
     # What this process holds is the model's own and makes room; the driver's share is taken already.
     free = free_memory(model.device) + torch.cuda.memory_allocated(model.device) + DRIVER_BYTES
     return (free if model.vram is None else min(model.vram, free)), ram
@@ -128,17 +140,30 @@ def sizes_of(model: LoadedModel) -> WeightSizes:
     forms = {form for reader in readers for form in _stored_forms(reader)}
     if model.precision in EIGHT_BIT:  # others are rounded to it when they are loaded
         forms = {form for form in forms if form in GGUF_BLOCKS}
+    slot = max(largest_block(reader, model.compute_dtype, in_8_bits=model.precision in EIGHT_BIT) for reader in readers)
+    is_mapped = all(_is_mapped(model, reader) for reader in readers)
     return WeightSizes(
-        slot=max(
-            largest_block(reader, model.compute_dtype, in_8_bits=model.precision in EIGHT_BIT) for reader in readers
-        ),
+        slot=slot,
         outer=by_rule.outer,
         text_slot=largest_block(model.model.text, model.compute_dtype),
         vae_encoder=by_rule.vae_encoder,
         vae_decoder=by_rule.vae_decoder,
         stored=", ".join(sorted(forms)) or (model.precision if model.precision in EIGHT_BIT else "16 or 32 bits"),
         is_expanded=bool(forms),
+        is_mapped=is_mapped,
+        loading=0 if is_mapped else loading_bytes(model.config, model.precision, slot),
     )
+
+
+def _is_mapped(model: LoadedModel, reader: Reader) -> bool:
+    """Whether an expert's projections lie in their files as they are computed with."""
+    names = [name for name in reader.names() if name.startswith("blocks.") and len(reader.ref(name).shape) == 2]
+    refs = [reader.ref(name) for name in names if name.endswith(".weight")]
+    if model.precision not in EIGHT_BIT:
+        return all(ref.stored_as is not None or ref.dtype == model.compute_dtype for ref in refs)
+    # e4m3 is used as it is where wanfast itself has written it, within narrow bounds; int8 from anywhere.
+    own = {"int8": "int8"} if model.precision == "int8" else {"fp8": "float8_e4m3fn"} if model.model.made_from else {}
+    return all(ref.stored_as in (*GGUF_BLOCKS, *own.values()) for ref in refs)
 
 
 def with_loras(sizes: WeightSizes, config: ModelConfig, plan: Plan, loras: Sequence[Lora]) -> WeightSizes:

@@ -9,26 +9,27 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from wanfast.denoise import Conditions, OnProgress, OnState, OnStep, denoise, experts_of_passes, is_out_of_memory
+from wanfast.budget import gigabytes
+from wanfast.denoise import Conditions, OnProgress, OnState, OnStep, Stretch, denoise, experts_of_passes
 from wanfast.dit.condition import image_condition
-from wanfast.errors import MemoryBudgetError, RequestError
-from wanfast.forecast import bound_blocks, tiles_here
+from wanfast.errors import MemoryBudgetError, NotFiniteError, RequestError
+from wanfast.forecast import bound_blocks, budget_here, tiles_here
 from wanfast.images import image_to_tensor, resize_bicubic, resize_lanczos_crop
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
+from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.plan import Plan, ti2v_resize
-from wanfast.prompt_cache import context_file, read_context, write_context
+from wanfast.prompts import encode_prompts
 from wanfast.rates import StageClock, note_rates
+from wanfast.residency import free_memory
 from wanfast.run_state import RunState
 from wanfast.solvers import Step
-from wanfast.text.tokenizer import clean_prompt, tokenize
-from wanfast.text.umt5 import encode_texts
 from wanfast.vae.encode import encode_chunks
 from wanfast.vae.pixels import decode_pixels
 from wanfast.vae.preview import fit_factors, latents_to_rgb
@@ -37,7 +38,6 @@ from wanfast.vae.weights import load_vae
 
 _log = logging.getLogger("wanfast")
 
-Block = TypeVar("Block")
 OnPreview = Callable[[Step, Tensor], None]
 
 
@@ -70,7 +70,7 @@ def generate_frames(
     Yields:
         uint8 [1, height, width, 3], then [4, height, width, 3] per further latent frame, on the CPU.
     """
-    clock = StageClock(on_progress)
+    clock = StageClock(on_progress, idle=lambda: model.traffic.idle_seconds)
     latents = generate_latents(
         model, plan, inputs, on_step=on_step, on_state=on_state, on_progress=clock, on_preview=on_preview
     )
@@ -108,38 +108,63 @@ def generate_latents(
 
     Raises:
         RequestError: the noise or the context has the wrong shape.
+        MemoryBudgetError: it needs more memory than there is, with its LoRAs; or that turns out on the way, and less at
+            a time does not help.
         CheckpointError: a tensor is not finite or cannot be read; the message names file and tensor.
         NumericsError: the latents of a step are not finite.
     """
-    progress = on_progress or _no_progress
+    make = partial(_make_latents, model, plan, inputs, on_step, on_state, on_progress or _no_progress, on_preview)
     with own_arithmetic(model):
-        start = inputs.state or RunState(0, _noise(plan, inputs), None)
-        _check_state(plan, start)
-        if start.next_step == len(plan.steps):
-            return start.latents[0].to(model.device)
-        if inputs.context is None:
-            (contexts,) = encode_prompts(model, [plan], progress)
-        else:
-            contexts = _checked_context(model, inputs.context)
-        picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
-        conditions = Conditions(contexts=contexts, picture=picture, loras=inputs.loras)
-        steps = plan.steps[start.next_step :]
-        pictures = None if on_preview is None else _as_pictures(model, on_preview)
-        chunking = bound_blocks(model, [plan], inputs.loras)
-        with model.passes(experts_of_passes(steps, chunking)):
-            end = denoise(
-                model,
-                plan,
-                start,
-                steps,
-                conditions,
-                chunking,
-                on_step=on_step,
-                on_state=on_state,
-                progress=progress,
-                on_prediction=pictures,
-            )
-        return end.latents[0]
+        latents = attempt(make)
+    if isinstance(latents, OutOfMemory):
+        raise no_memory(model, f"{plan.width}x{plan.height} with {plan.num_frames} frames", latents)
+    return latents
+
+
+def _make_latents(
+    model: LoadedModel,
+    plan: Plan,
+    inputs: Inputs,
+    on_step: OnStep | None,
+    on_state: OnState | None,
+    progress: OnProgress,
+    on_preview: OnPreview | None,
+) -> Tensor:
+    start = inputs.state or RunState(0, _noise(plan, inputs), None)
+    _check_state(plan, start)
+    if start.next_step == len(plan.steps):
+        return start.latents[0].to(model.device)
+    budget = budget_here(model, plan, inputs.loras)
+    bound_blocks(model, [budget])
+    if inputs.context is None:
+        (contexts,) = encode_prompts(model, [plan], progress)
+    else:
+        contexts = _checked_context(model, inputs.context)
+    picture = None if inputs.image is None else encode_image(model, plan, inputs.image, progress)
+    contexts = [context.to(model.device) for context in contexts]
+    stretches = [Stretch(plan.steps[start.next_step :], budget.chunking)]
+    pictures = None if on_preview is None else _as_pictures(model, on_preview)
+    with model.passes(experts_of_passes(stretches)):
+        end, _ = denoise(
+            model,
+            plan,
+            start,
+            stretches,
+            Conditions(contexts=contexts, picture=picture, loras=inputs.loras),
+            on_step=on_step,
+            on_state=on_state,
+            progress=progress,
+            on_prediction=pictures,
+        )
+    return end.latents[0]
+
+
+def no_memory(model: LoadedModel, what: str, failure: OutOfMemory) -> MemoryBudgetError:
+    """Say what memory ran out in where nothing less can be tried."""
+    return MemoryBudgetError(
+        f"{what}: out of memory ({failure.reason}), {gigabytes(free_memory(model.device))} are free; try a smaller size"
+        " or fewer frames, or end what else takes memory"
+    )
 
 
 def _as_pictures(model: LoadedModel, on_preview: OnPreview) -> OnStep:
@@ -159,40 +184,6 @@ def own_arithmetic(model: LoadedModel) -> Iterator[None]:
         )
     with torch.autocast(model.device.type, enabled=False):
         yield
-
-
-def encode_prompts(model: LoadedModel, plans: Sequence[Plan], progress: OnProgress) -> list[list[Tensor]]:
-    """Encode the prompt and the negative prompt of each plan in one pass over the encoder.
-
-    A prompt that was encoded before, by the same encoder on the same machine, is read from the disk.
-
-    Returns:
-        For each plan its prompt and its negative prompt, [1, T, text channels] each with its own T.
-    """
-    named = [("prompt", plan.prompt) for plan in plans] + [("negative_prompt", plan.negative_prompt) for plan in plans]
-    ids = [_token_ids(model, name, text) for name, text in named]
-    config, dtype = model.config.text, model.compute_dtype
-    files = {prompt: context_file(model.model.text, config, prompt, dtype, model.device) for prompt in ids}
-    stored = {prompt: read_context(file, len(prompt), config, dtype) for prompt, file in files.items()}
-    contexts = {prompt: context for prompt, context in stored.items() if context is not None}
-    missing = [prompt for prompt in files if prompt not in contexts]
-    if missing:
-        outer, blocks = model.text_encoder()
-        counted = _counted(blocks, "text", config.num_layers, progress)
-        for prompt, context in zip(missing, encode_texts(missing, outer, counted, config), strict=True):
-            contexts[prompt] = context
-            if (file := files[prompt]) is not None:
-                write_context(file, context)
-    on_device = [contexts[prompt][None].to(model.device) for prompt in ids]
-    return [list(pair) for pair in zip(on_device[: len(plans)], on_device[len(plans) :], strict=True)]
-
-
-def _token_ids(model: LoadedModel, name: str, text: str) -> tuple[int, ...]:
-    limit = model.config.dit.text_len
-    tokens = tokenize(model.model.tokenizer, clean_prompt(text), limit)
-    if tokens.is_truncated:
-        _log.warning("%s: the model reads %d tokens, the last %d are cut off", name, limit, tokens.num_dropped)
-    return tokens.ids
 
 
 def encode_image(model: LoadedModel, plan: Plan, image: Image.Image, progress: OnProgress) -> Tensor:
@@ -235,61 +226,72 @@ def decode_frames(
     while done < plan.num_frames:
         with own_arithmetic(model):  # entered anew for each chunk: what runs between two is the caller's
             if chunks is None:
-                chunks = decode_pixels(
-                    model.vae_decoder(),
-                    latents[None].to(model.device),
-                    num_tiles,
-                    skip=done,
-                    on_frames=lambda share: progress("decode", share, plan.num_frames),
-                )
-            frames, reason = _next_or_out_of_memory(chunks)
-        if frames is None:
-            num_tiles, chunks = _more_tiles(model, plan, num_tiles, f"decode: out of memory ({reason})"), None
+                chunks = _decode(model, plan, latents, num_tiles, done, progress)
+            try:
+                frames = attempt(partial(next, chunks))
+            except NotFiniteError:
+                if not _widen_vae(model, "frames"):
+                    raise
+                chunks = None
+                continue
+        if isinstance(frames, OutOfMemory):
+            num_tiles, chunks = _more_tiles(model, plan, num_tiles, "decode", frames), None
             continue
+        model.refuse_written()
         done += len(frames)
         yield frames
 
 
-def _next_or_out_of_memory(chunks: Iterator[Tensor]) -> tuple[Tensor | None, str]:
-    """Give the next chunk, or None and why; what the failed one had allocated is free by then."""
-    try:
-        return next(chunks), ""
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, str(error).splitlines()[0]
+def _decode(
+    model: LoadedModel, plan: Plan, latents: Tensor, num_tiles: int, skip: int, progress: OnProgress
+) -> Iterator[Tensor]:
+    """Decode from frame `skip` on; everything, reading the decoder too, is done when the first chunk is asked for."""
+    yield from decode_pixels(
+        model.vae_decoder(),
+        latents[None].to(model.device),
+        num_tiles,
+        skip=skip,
+        on_frames=lambda share: progress("decode", share, plan.num_frames),
+    )
 
 
 def _encode_in_less_memory(model: LoadedModel, plan: Plan, chunks: Sequence[Tensor]) -> Tensor:
     """Encode a picture, or a video that begins with it; when memory runs out, in more strips."""
-    vae, num_tiles = model.vae_encoder(), tiles_here(model, plan, "picture")
+    num_tiles = tiles_here(model, plan, "picture")
     while True:
-        try:
-            return encode_chunks(vae, chunks, num_tiles)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        num_tiles = _more_tiles(model, plan, num_tiles, f"picture: out of memory ({reason})")
+        encoded = attempt(lambda: encode_chunks(model.vae_encoder(), chunks, num_tiles))  # noqa: B023
+        if not isinstance(encoded, OutOfMemory):
+            if not bool(encoded.isfinite().all()) and _widen_vae(model, "latents of the picture"):
+                continue
+            return encoded
+        num_tiles = _more_tiles(model, plan, num_tiles, "picture", encoded)
 
 
-def _more_tiles(model: LoadedModel, plan: Plan, num_tiles: int, what: str) -> int:
+def _widen_vae(model: LoadedModel, what: str) -> bool:
+    """Take numbers that left the range of 16 bits again in fp32; say whether there is anything to be had from it."""
+    if not model.widen_vae():
+        return False
+    _log.warning("%s: not finite in 16 bits; the VAE computes in fp32 from here on", what)
+    return True
+
+
+def _more_tiles(model: LoadedModel, plan: Plan, num_tiles: int, stage: str, failure: OutOfMemory) -> int:
+    """Let the experts' weights go, or take the picture in more strips: give in how many."""
     most = most_tiles(*plan.latent_shape[2:])
-    if num_tiles >= most:
-        raise MemoryBudgetError(f"{what}; try a smaller size")
-    more = min(2 * num_tiles, most)
-    _log.warning("%s; the picture is taken in %d strips", what, more)
+    if model.release_experts():
+        remedy, more = "it is done again without the experts' weights", num_tiles
+    elif num_tiles < most:
+        more = min(2 * num_tiles, most)
+        remedy = f"the picture is taken in {more} strips"
+    else:
+        raise MemoryBudgetError(
+            f"{stage}: out of memory ({failure.reason}) in the narrowest strips, {num_tiles} of them;"
+            f" {gigabytes(free_memory(model.device))} are free; try a smaller size, or end what else takes memory"
+        )
+    _log.warning("%s: out of memory (%s); %s", stage, failure.reason, remedy)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return more
-
-
-def _counted(blocks: Iterator[Block], stage: str, total: int, progress: OnProgress) -> Iterator[Block]:
-    """Pass blocks on, saying which one is in use."""
-    for index, block in enumerate(blocks):
-        progress(stage, index, total)
-        yield block
-    progress(stage, total, total)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:

@@ -8,15 +8,17 @@ from functools import partial
 import torch
 
 from wanfast.adapter import Adapter, attach, make_adapter
+from wanfast.checkpoint.unchanged import file_states, refuse_written
 from wanfast.config import ExpertName, ModelConfig
 from wanfast.dit import packed
 from wanfast.dit import weights as dit_weights
 from wanfast.lora import Lora
 from wanfast.model import Model
+from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.plan import Precision
 from wanfast.residency import Residency, Traffic, to_device
 from wanfast.text import weights as text_weights
-from wanfast.vae.weights import VAEWeights, load_vae
+from wanfast.vae.weights import VAEWeights, compute_dtype, load_vae
 from wanfast.weight_sizes import largest_block
 
 
@@ -46,16 +48,18 @@ class LoadedModel:
         self.precision: Precision = precision
         self.device = device
         self.vram, self.ram = vram, ram
+        self._files = file_states(model.readers)
         self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self._vae_dtype = compute_dtype(precision, device)
         self._eight_bit = packed.DTYPES.get(precision)
         if self._eight_bit is not None and device.type == "cuda":
             packed.refuse_unfit(model.config.dit, precision, device)
-        largest = max(
+        self._largest = max(
             largest_block(reader, self.compute_dtype, in_8_bits=self._eight_bit is not None)
             for reader in model.experts.values()
         )
         layers = model.config.dit.num_layers
-        self._residency = Residency(self._read_block, layers, device, vram, slot_bytes=largest, ram=ram)
+        self._residency = Residency(self._read_block, layers, device, vram, slot_bytes=self._largest, ram=ram)
         self._outers: dict[ExpertName, dit_weights.OuterWeights] = {}
         self._adapter: tuple[ExpertName, tuple[Lora, ...], Adapter] | None = None
         self._decoder: VAEWeights | None = None
@@ -64,6 +68,11 @@ class LoadedModel:
     def config(self) -> ModelConfig:
         """The model's row of the table, with its own sizes."""
         return self.model.config
+
+    @property
+    def block_bytes(self) -> int:
+        """What one of the experts' blocks takes on the device, at most."""
+        return self._largest
 
     @property
     def traffic(self) -> Traffic:
@@ -89,33 +98,62 @@ class LoadedModel:
             return outer, blocks
         return outer, map(partial(packed.pack_block, dtype=self._eight_bit), blocks)
 
+    def refuse_written(self) -> None:
+        """Refuse the model's files if they were written to since: what was computed from them means nothing.
+
+        Raises:
+            CheckpointError: one was; the message names it.
+        """
+        refuse_written(self._files)
+
     @contextmanager
     def passes(self, experts: Sequence[ExpertName]) -> Iterator[None]:
         """Announce the experts of the passes made inside, in order, so that their weights move ahead of their use."""
         if self.device.type == "cuda":  # a swap that hides the blocks would wait for what stands around them
-            self._outers = {name: self._outers.get(name) or self._read_outer(name) for name in dict.fromkeys(experts)}
+            outers = attempt(partial(self._around, experts))
+            self._outers = {} if isinstance(outers, OutOfMemory) else outers  # then each is read in its turn
         self._residency.begin(experts)
         try:
             yield
         finally:
             self._residency.end()
 
+    @contextmanager
+    def reading_ahead(self, experts: Sequence[ExpertName]) -> Iterator[None]:
+        """Bring blocks of the passes that follow into host memory inside, where the device's is needed otherwise."""
+        self._residency.read_ahead(experts)
+        try:
+            yield
+        finally:
+            self._residency.end()
+
+    def _around(self, experts: Sequence[ExpertName]) -> dict[ExpertName, dit_weights.OuterWeights]:
+        return {name: self._outers.get(name) or self._read_outer(name) for name in dict.fromkeys(experts)}
+
     def allow_blocks(self, budget: int) -> None:
         """Bound the bytes of the device that blocks may keep; activations have the rest."""
         self._residency.allow(budget)
 
-    def make_room(self, experts: Sequence[ExpertName]) -> bool:
-        """Let half of the blocks on the device go, and announce the passes that are left.
+    def allow_host(self, ram: int) -> None:
+        """Bound the bytes of host memory that blocks may take, beside slots."""
+        self._residency.allow_host(ram)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that blocks take at the moment."""
+        return self._residency.host_bytes
+
+    def make_room(self) -> bool:
+        """Let go from the device what a step can do without: the VAE, and half of the blocks.
 
         Returns:
-            Whether there was anything to let go.
+            Whether there was anything to let go. Then the passes that are left are to be announced anew.
         """
-        if not self._residency.shrink():
-            return False
-        if self.device.type == "cuda":
+        had_decoder, self._decoder = self._decoder is not None, None
+        has_room = self._residency.shrink() or had_decoder
+        if has_room and self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.announce(experts)
-        return True
+        return has_room
 
     def announce(self, experts: Sequence[ExpertName]) -> None:
         """Say anew which passes are left; inside `passes` only."""
@@ -142,25 +180,35 @@ class LoadedModel:
             residency.release()
 
     def vae_encoder(self) -> VAEWeights:
-        """Give the VAE's encoder, fp32 in every precision as in the reference; used once per video and not kept."""
-        return load_vae(self.model.vae, self.config.vae, device=self.device, decoder=False)
+        """Give the VAE's encoder; used once per video and not kept."""
+        return load_vae(self.model.vae, self.config.vae, self._vae_dtype, device=self.device, decoder=False)
 
     def vae_decoder(self) -> VAEWeights:
-        """Give the VAE's decoder, fp32 in every precision, as in the reference."""
+        """Give the VAE's decoder."""
         if self._decoder is None:
-            self._decoder = load_vae(self.model.vae, self.config.vae, device=self.device, encoder=False)
+            self._decoder = load_vae(
+                self.model.vae, self.config.vae, self._vae_dtype, device=self.device, encoder=False
+            )
         return self._decoder
 
-    def release_experts(self) -> None:
-        """Let the diffusion transformers' weights go from the device."""
-        self._outers, self._adapter = {}, None
-        self._residency.clear_device()
+    def widen_vae(self) -> bool:
+        """Let the VAE compute in fp32 from here on; say whether it did not before."""
+        was_narrow, self._vae_dtype = self._vae_dtype != torch.float32, torch.float32
+        if was_narrow:
+            self._decoder = None
+        return was_narrow
 
-    def release(self) -> None:
-        """Let every weight go; the next use reads them again."""
-        self.release_experts()
-        self._residency.release()
-        self._decoder = None
+    def release_experts(self) -> bool:
+        """Let the diffusion transformers' weights go from the device; say whether there were any."""
+        had_adapter = self._adapter is not None
+        self._outers, self._adapter = {}, None
+        return self._residency.clear_device() or had_adapter
+
+    def release(self) -> bool:
+        """Let every weight go, the next use reads them again; say whether there were any."""
+        had_decoder, self._decoder = self._decoder is not None, None
+        had_experts = self.release_experts()
+        return self._residency.release() or had_experts or had_decoder
 
     def _adapter_for(self, name: ExpertName, loras: tuple[Lora, ...]) -> Adapter | None:
         """Give what the LoRAs add to an expert, read once for as long as both stay the same."""

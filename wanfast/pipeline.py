@@ -59,8 +59,12 @@ def load(
         precision: "fp32" everywhere; "exact" = bf16 where the reference computes in bf16; "fp8" or "int8" = the DiT's
             blocks multiply in 8 bits, with the errors that docs/numerics.md states; "auto" is "exact" on a GPU, else
             "fp32".
-        vram: device memory that weights may keep, in bytes or as "24GB"; None is what is free.
-        ram: host memory that may be used, likewise.
+        vram: in bytes or as "24GB". On a GPU all that a generation may take of it, weights, activations and the
+            driver's share: what does not fit is streamed, cut finer, or refused. On a CPU, which has no memory of its
+            own, what the blocks of the diffusion transformers may be copied to: with less than an expert they pass
+            through that, else they are used in place, as they are with None. None is what is free of a GPU.
+        ram: host memory that may be used, likewise, 2 GiB of it left to the system; on a CPU that is all there is.
+            None is what is free.
         device: "cpu", "cuda", "cuda:1", ...; None is the GPU if there is one.
 
     Raises:
@@ -108,8 +112,13 @@ def _warn_of_rounding(model: Model, precision: str) -> None:
         )
 
 
-def plan_for(model: LoadedModel, request: Request) -> Plan:
+def plan_for(model: LoadedModel, request: Request, loras: Sequence[Lora] = ()) -> Plan:
     """Settle a request for an open model, and hold it to the memory that is free here, before anything is loaded.
+
+    Args:
+        model: open weights.
+        request: what was asked.
+        loras: opened for the model; they take memory beside its weights.
 
     Raises:
         RequestError: as in `make_plan`.
@@ -122,7 +131,7 @@ def plan_for(model: LoadedModel, request: Request) -> Plan:
         device=str(model.device),
         vae_parameters=vae_parameters(model.config.vae),
     )
-    budget_here(model, plan)
+    budget_here(model, plan, loras)
     return plan
 
 
@@ -292,8 +301,8 @@ class Pipeline:
             seed=seed,
             fps=fps,
         )
-        plan = self.plan(apply_preset(request, preset))
         opened = open_loras(loras, self.loaded.config, self.loaded.model.experts, merge=merge_loras)
+        plan = plan_for(self.loaded, apply_preset(request, preset), opened)
         warn_of_preset(self.loaded, plan, opened)
         inputs = Inputs(image=picture, latents=latents, context=context, loras=opened)
         told: dict[str, Any] = {"on_step": on_step, "on_progress": on_progress, "on_preview": preview}

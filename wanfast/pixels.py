@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from wanfast.errors import RequestError
+from wanfast.errors import NotFiniteError
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def to_uint8(frames: Tensor) -> Tensor:
 
     Raises:
         ValueError: frames have another shape.
-        RequestError: a value is NaN or infinite; it would become a black or white pixel without a word.
+        NotFiniteError: a value is NaN or infinite; it would become a black or white pixel without a word.
 
     Source: Wan-Video/Wan2.2, wan/utils/utils.py, save_video.
     """
@@ -40,7 +40,7 @@ def on_host(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         uint8 [F, H, W, 3], contiguous, CPU, complete.
 
     Raises:
-        ValueError, RequestError: as in `to_uint8`.
+        ValueError, NotFiniteError: as in `to_uint8`.
     """
     under_way: _Copy | None = None
     for frames in chunks:
@@ -83,5 +83,5 @@ def _to_pixels(frames: Tensor) -> Tensor:
 
 def _checked(pixels: Tensor, *, is_finite: bool) -> Tensor:
     if not is_finite:
-        raise RequestError("frames: must be finite, got NaN or infinity from the decoder; precision fp32 may work")
+        raise NotFiniteError("frames: must be finite, got NaN or infinity from the decoder; precision fp32 may work")
     return pixels

@@ -193,8 +193,8 @@ def weight_parts(config: ModelConfig, precision: Precision, *, vae_parameters: i
     """Count the parameters and bytes of each part, in the order they are first used.
 
     exact keeps norms, modulation, the timestep's layers and the head in fp32, and the rest of the DiT and the text
-    encoder in 16 bits; fp8 and int8 have the matrices of the DiT's blocks in 8. The VAE is fp32 in every precision, and
-    is left out where its size is not given.
+    encoder in 16 bits; fp8 and int8 have the matrices of the DiT's blocks in 8. The VAE is listed in fp32, as its file
+    has it, and is left out where its size is not given.
     """
     wide, narrow = 4, 4 if precision == "fp32" else 2
     text = text_parameters(config.text)

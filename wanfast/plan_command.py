@@ -2,22 +2,24 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from wanfast.budget import HOST_RESERVE_BYTES, budget_to_dict, gigabytes
+from wanfast.budget import gigabytes
 from wanfast.command_parts import note, request_for, sources_of
 from wanfast.config import MODELS, ModelConfig
 from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.forecast import Forecast, forecast_here, make_forecast, sizes_of, with_loras
+from wanfast.host_memory import HOST_RESERVE_BYTES
 from wanfast.images import load_image
 from wanfast.lora import describe_lora, open_loras
 from wanfast.machines import Gpu, find_gpu
 from wanfast.model import vae_parameters
 from wanfast.pipeline import open_loaded, warn_of_preset
 from wanfast.plan import Plan, Precision, make_plan, plan_to_dict
-from wanfast.plan_text import format_plan
+from wanfast.plan_text import budget_to_dict, format_plan
 from wanfast.predict import prediction_to_dict
 from wanfast.residency import parse_bytes
 from wanfast.weight_sizes import parse_stored, weight_sizes
@@ -43,10 +45,17 @@ def show_plan(arguments: argparse.Namespace) -> None:
 
 
 def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> tuple[Plan, Forecast]:
-    """Plan for a model of the table: no file is needed, and any machine can be asked about."""
+    """Plan for a model of the table: no file is needed, and any machine can be asked about.
+
+    Its files are taken to be those that are published, which hold fp32.
+    """
     precision: Precision = "exact" if arguments.precision == "auto" else arguments.precision
     image = load_image(arguments.image) if arguments.image else None
     request = request_for(arguments, row, image)
+    if row.task == "i2v" and image is None:  # what a card would do needs no picture, but for its shape
+        size = request.width or row.width, request.height or row.height
+        request = replace(request, image_size=size)
+        note(arguments, f"image: none is given, one of {size[0]}x{size[1]} is planned for")
     gpu, vram, ram = _limits(arguments)
     device = _device_to_plan_for(arguments.device or "cuda")
     if precision == "fp8" and gpu is not None and not gpu.has_e4m3:
@@ -54,7 +63,7 @@ def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> tuple[Plan, Fore
     plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
     loras = open_loras(arguments.lora, row, merge=arguments.merge_loras)
     note(arguments, *map(describe_lora, loras))
-    sizes = weight_sizes(row, precision, parse_stored(arguments.stored or "bf16"))
+    sizes = weight_sizes(row, precision, parse_stored(arguments.stored or "fp32"))
     return plan, make_forecast(row, plan, with_loras(sizes, row, plan, loras), gpu=gpu, vram=vram, ram=ram)
 
 
@@ -97,7 +106,7 @@ def _limits(arguments: argparse.Namespace) -> tuple[Gpu | None, int | None, int 
         raise RequestError(f"gpu: must be left out for device cpu, got {gpu.name}; leave --device out")
     if gpu is not None and vram is not None and vram > gpu.memory:
         raise RequestError(f"vram: must be at most the {gigabytes(gpu.memory)} of a {gpu.name}, got {gigabytes(vram)}")
-    if gpu is not None and ram is not None and ram < HOST_RESERVE_BYTES:
+    if ram is not None and ram < HOST_RESERVE_BYTES:
         raise MemoryBudgetError(
             f"ram: must be at least the {gigabytes(HOST_RESERVE_BYTES)} left to the system, got {gigabytes(ram)}"
         )

@@ -1,6 +1,6 @@
 """The plan in words: what runs, where every byte lives stage by stage, how long it takes, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -37,7 +37,7 @@ def format_plan(plan: Plan, budget: Budget | None = None, prediction: Prediction
         ("work", _work(plan)),
     ]
     if budget is not None:
-        rows += _labelled("memory", _memory_lines(budget))
+        rows += _labelled("memory", _memory_lines(budget, on_gpu=plan.device.startswith("cuda")))
     if prediction is not None:
         rows += _labelled("seconds", _second_lines(plan, prediction))
     return "\n".join(f"{label:<17}{text}".rstrip() for label, text in rows)
@@ -62,15 +62,28 @@ def _step_lines(steps: tuple[Step, ...]) -> list[str]:
 
 
 def _part_lines(parts: tuple[Part, ...]) -> list[str]:
-    return [f"{part.name:<14}{part.parameters / 1e9:8.3f} B parameters {part.bytes / 1e9:8.2f} GB" for part in parts]
+    return [f"{part.name:<14}{_short(part.parameters):>10} parameters {gigabytes(part.bytes):>12}" for part in parts]
+
+
+def _short(number: int) -> str:
+    """Write a large count in thousands, millions or billions."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3f} {unit}"
+    return str(number)
 
 
 def _work(plan: Plan) -> str:
-    each, total = (
-        f"{flops / 1e12:,.4f}" if flops < 1e13 else f"{flops / 1e12:,.0f}"
-        for flops in (plan.flops_per_forward, plan.flops_per_forward * plan.num_forwards)
-    )
-    return f"{each} TFLOP per DiT evaluation, {total} in all; computed"
+    each, total = _operations(plan.flops_per_forward), _operations(plan.flops_per_forward * plan.num_forwards)
+    return f"{each} per DiT evaluation, {total} in all; computed"
+
+
+def _operations(flops: int) -> str:
+    """In TFLOP but for tiny models, whose work would be nothing in these."""
+    for limit, unit in ((10**12, "T"), (10**9, "G")):
+        if flops >= limit:
+            return f"{flops / limit:,.{0 if flops >= 10 * limit else 2}f} {unit}FLOP"
+    return f"{flops / 1e6:,.2f} MFLOP"
 
 
 def _frames(plan: Plan) -> str:
@@ -89,30 +102,45 @@ def _labelled(label: str, lines: Iterator[str]) -> list[tuple[str, str]]:
     return [(label if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
-def _memory_lines(budget: Budget) -> Iterator[str]:
+def _memory_lines(budget: Budget, *, on_gpu: bool) -> Iterator[str]:
     limit = "" if budget.limit is None else f" of {gigabytes(budget.limit)}"
     yield f"{gigabytes(budget.peak.total)}{limit} at the peak, which is {budget.peak.name}; computed"
+    if not on_gpu:
+        yield "all of it is the host's: a CPU has no other"
     for stage in budget.stages:
         yield f"{stage.name}: {gigabytes(stage.total)}"
-        for what, size in sorted(stage.items.items(), key=lambda item: -item[1]):
-            yield f"  {what:<38}{gigabytes(size):>10}"
-    yield _why(budget)
+        yield from _item_lines(stage.items)
+    yield _why(budget, on_gpu=on_gpu)
     if budget.chunking != CHUNKINGS[0]:
         turns = ", with and without the prompt in turn" if budget.chunking.in_turn else ""
         yield f"to fit, {budget.chunking.tokens} tokens are computed at a time{turns}"
     for name, tiling in budget.tilings.items():
         if tiling.num_tiles > 1:
             yield f"{name}: in {tiling.num_tiles} strips without a seam; whole pictures need {gigabytes(tiling.whole)}"
-    host = sum(budget.host.values())
-    yield f"host: {gigabytes(host)}" + ("" if budget.host_limit is None else f" of {gigabytes(budget.host_limit)}")
-    for what, size in budget.host.items():
-        yield f"  {what:<38}{gigabytes(size):>10}"
+    if on_gpu:
+        host = sum(budget.host.values())
+        yield f"host: {gigabytes(host)}" + ("" if budget.host_limit is None else f" of {gigabytes(budget.host_limit)}")
+        yield from _item_lines(budget.host)
     if budget.host_missing:
-        yield f"  {gigabytes(budget.host_missing)} of blocks find no room and are read from their files in each step"
+        again = "read from their files" if budget.is_mapped else "made anew from their files"
+        yield f"  blocks of {gigabytes(budget.host_missing)} find no room and are {again} again and again"
+        if not budget.is_mapped:
+            yield "  `wanfast convert` writes files whose blocks are used as they are"
 
 
-def _why(budget: Budget) -> str:
+def _item_lines(items: Mapping[str, int]) -> Iterator[str]:
+    for what, size in sorted(items.items(), key=lambda item: -item[1]):
+        yield f"  {what:<38}{gigabytes(size):>10}"
+
+
+def _why(budget: Budget, *, on_gpu: bool) -> str:
     each = f"{gigabytes(budget.slot_bytes)} ({budget.stored})"
+    if budget.is_in_place and budget.is_mapped:
+        return f"on a CPU blocks of {each} are used where they lie in their files, one expert after the other"
+    if budget.is_in_place:
+        return f"on a CPU blocks of {each} are made once and stay, of one expert at a time"
+    if not on_gpu:
+        return f"--vram is less than an expert: its blocks of {each} pass through {budget.num_slots} slots"
     if budget.num_slots >= budget.num_blocks * budget.num_experts:
         return f"every block of {each} stays: each is copied once"
     if budget.is_resident:
@@ -130,3 +158,27 @@ def _second_lines(plan: Plan, prediction: Prediction) -> Iterator[str]:
     switch = f", {prediction.switch_stall:.2f} at the switch of experts" if len(plan.steps_per_expert) > 1 else ""
     waits = f"waits for copies {prediction.stall:.2f}{switch}"
     yield f"{gigabytes(prediction.copied)} of blocks copied to the card; {waits}"
+    yield "reading files, and rounding what they hold, is not in it"
+
+
+def budget_to_dict(budget: Budget) -> dict[str, Any]:
+    """Return the budget as JSON-able values, in bytes."""
+    return {
+        "source": "computed",
+        "peak": budget.peak.total,
+        "peak_stage": budget.peak.name,
+        "limit": budget.limit,
+        "stages": {stage.name: dict(stage.items) | {"total": stage.total} for stage in budget.stages},
+        "slots": budget.num_slots,
+        "slot_bytes": budget.slot_bytes,
+        "stored": budget.stored,
+        "expert_is_resident": budget.is_resident,
+        "tokens_at_a_time": budget.chunking.tokens,
+        "guidance_in_turn": budget.chunking.in_turn,
+        "tiles": {stage: tiling.num_tiles for stage, tiling in budget.tilings.items()},
+        "blocks_are_used_in_place": budget.is_in_place,
+        "host": dict(budget.host),
+        "host_peak": sum(budget.host.values()),
+        "host_limit": budget.host_limit,
+        "host_missing": budget.host_missing,
+    }

@@ -48,9 +48,10 @@ class Prediction:
 
 
 def datasheet_rates(gpu: Gpu, plan: Plan) -> Rates:
-    """Take the rates of a card for a plan's precision; the VAE computes in fp32 in each."""
+    """Take the rates of a card for a plan's precision; the VAE computes in 16 bits in all but fp32."""
     dit = {"fp32": gpu.flops_32, "exact": gpu.flops_16}.get(plan.precision, gpu.flops_8)
-    return Rates(dit, gpu.flops_32, gpu.link, "computed")
+    vae = gpu.flops_32 if plan.precision == "fp32" else gpu.flops_16
+    return Rates(dit, vae, gpu.link, "computed")
 
 
 def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget, rates: Rates) -> Prediction:

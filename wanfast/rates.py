@@ -1,7 +1,7 @@
 """What this machine reached in earlier generations, so that a plan can say seconds from measurements.
 
 Every generation notes how long its steps and its decoding took; a plan takes the median of the last few of the same
-device and precision. Rates are of whole stages, with all their waiting in them.
+device and precision. Time in which the device waited for blocks is not in it: a plan adds that for the slots it has.
 """
 
 import json
@@ -37,11 +37,13 @@ class StageClock:
     """Passes progress on and notes when each part of a stage began."""
 
     progress: OnProgress | None = None
+    idle: Callable[[], float] | None = None  # seconds the device has waited for blocks so far: the clock stands then
     times: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # stage -> (parts done, seconds)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take one report of progress."""
-        self.times.setdefault(stage, []).append((done, time.perf_counter()))
+        idle = 0.0 if self.idle is None else self.idle()
+        self.times.setdefault(stage, []).append((done, time.perf_counter() - idle))
         if self.progress is not None:
             self.progress(stage, done, total)
 

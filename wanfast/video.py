@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,23 +108,43 @@ def write_video(
         ValueError: fps < 1; settings that are not JSON; no frames, or a chunk of another shape or dtype.
             What can be known before the first chunk is refused before it is asked for.
     """
+    return encode_video(path, chunks, fps=fps, settings=settings, overwrite=overwrite)()
+
+
+def encode_video(
+    path: PathLike,
+    chunks: Iterable[Tensor | Pixels],
+    *,
+    fps: int,
+    settings: Mapping[str, Any],
+    overwrite: bool = True,
+) -> Callable[[], Path]:
+    """Hand over all frames of an mp4, the last of which are still being encoded then; else as `write_video`.
+
+    Returns:
+        What waits for the end, puts the file in its place and gives its path; to be called once, by any thread. It
+        raises as `write_video` does, and leaves nothing behind then.
+    """
     if fps < 1:
         raise ValueError(f"fps: must be at least 1, got {fps}")
     comment = _to_comment(settings)
     check_writable(path)
     target = _target_of(path)
     part = _part_of(target)
-    try:
-        _encode(path, part, _each_chunk(chunks), fps, comment)
-        with _writing(path):
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            made = place_file(part, target, overwrite=overwrite)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    return Path(path) if made == target else made
+    with _removed_on_failure(part):
+        encoder = _encode(path, part, _each_chunk(chunks), fps, comment)
+
+    def finish() -> Path:
+        with _removed_on_failure(part):
+            with _abandoned_on_failure(encoder), _writing(path):
+                encoder.finish()
+            with _writing(path):
+                with open(part, "rb+") as file:
+                    os.fsync(file.fileno())
+                made = place_file(part, target, overwrite=overwrite)
+        return Path(path) if made == target else made
+
+    return finish
 
 
 def _target_of(path: PathLike) -> Path:
@@ -187,16 +207,15 @@ def _each_chunk(chunks: Iterable[Tensor | Pixels]) -> Iterator[Pixels]:
             yield array
 
 
-def _encode(path: PathLike, part: Path, chunks: Iterator[Pixels], fps: int, comment: str) -> None:
-    """Encode into `part`; errors name `path`, and those of `chunks` itself pass as they are."""
+def _encode(path: PathLike, part: Path, chunks: Iterator[Pixels], fps: int, comment: str) -> Mp4Encoder:
+    """Hand all frames to an encoder of `part`; errors name `path`, and those of `chunks` itself pass as they are."""
     first = next(chunks, None)
     if first is None:
         raise ValueError("chunks: must hold at least one frame, got none")
     height, width = first.shape[1:3]
-    with contextlib.ExitStack() as stack:
-        with _writing(path):
-            encoder = Mp4Encoder(part, height=height, width=width, fps=fps, comment=comment)
-        stack.callback(encoder.abandon)
+    with _writing(path):
+        encoder = Mp4Encoder(part, height=height, width=width, fps=fps, comment=comment)
+    with _abandoned_on_failure(encoder):
         chunk: Pixels | None = first
         del first  # the encoder has it, for as long as it needs it
         while chunk is not None:
@@ -204,8 +223,26 @@ def _encode(path: PathLike, part: Path, chunks: Iterator[Pixels], fps: int, comm
                 encoder.put(chunk)
             del chunk
             chunk = next(chunks, None)
-        with _writing(path):
-            encoder.finish()
+    return encoder
+
+
+@contextlib.contextmanager
+def _abandoned_on_failure(encoder: Mp4Encoder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        encoder.abandon()
+        raise
+
+
+@contextlib.contextmanager
+def _removed_on_failure(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _to_comment(settings: Mapping[str, Any]) -> str:

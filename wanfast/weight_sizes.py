@@ -18,7 +18,9 @@ from wanfast.vae.sizes import expected_tensors as vae_tensors
 
 Half = Literal["encoder", "decoder"]
 
-STORED = ("bf16", "fp8", "int8", *(kind.lower() for kind in FORMATS if kind.startswith("Q")))
+STORED = ("fp32", "bf16", "fp8", "int8", *(kind.lower() for kind in FORMATS if kind.startswith("Q")))
+_FLOATS = {"fp32": 4, "bf16": 2}  # bytes of a number
+_ROUNDING = 9  # bytes for each number of a matrix while it is rounded to 8 bits: it and another in fp32, and 8 bits
 _UPSAMPLING = ".resample.1.weight"  # its nine taps become four times four
 
 
@@ -33,6 +35,10 @@ class WeightSizes:
     vae_decoder: int
     stored: str  # how the files hold the projections
     is_expanded: bool  # whether they are expanded where they are used
+    is_mapped: bool = (
+        True  # whether blocks lie in their files as they are used: on the host they are then pages of these
+    )
+    loading: int = 0  # bytes of the host that blocks take while they are loaded, beside those that are kept
     loras: int = 0  # what LoRAs add to the expert that is used
 
 
@@ -53,10 +59,15 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
     Args:
         config: the model.
         precision: it computes in.
-        stored: one of STORED; bf16 becomes the precision's dtype when it is loaded, as 8 bits of another kind do where
-            it computes in 8; the others stay as they are.
+        stored: one of STORED; fp32 and bf16 become the precision's dtype when they are loaded, as 8 bits of another
+            kind do where it computes in 8; the others stay as they are.
     """
     itemsize = 4 if precision == "fp32" else 2
+    is_mapped = stored not in _FLOATS or _FLOATS[stored] == itemsize
+    if precision in EIGHT_BIT and stored in (*_FLOATS, *EIGHT_BIT):
+        is_mapped = stored == precision
+    if stored in _FLOATS:
+        stored = "bf16" if itemsize == 2 else "fp32"
     if precision in EIGHT_BIT and stored in ("bf16", *EIGHT_BIT):
         stored = precision
     block, outer, text = [], 0, []
@@ -68,15 +79,29 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
     for name, shape in text_weights.expected_tensors(config.text).items():
         if name.startswith("blocks.0."):
             text += _tensor_bytes(shape, "bf16", itemsize)
+    slot = packed_bytes(block)
     return WeightSizes(
-        slot=packed_bytes(block),
+        slot=slot,
         outer=outer,
         text_slot=packed_bytes(text),
         vae_encoder=vae_bytes(config, "encoder"),
         vae_decoder=vae_bytes(config, "decoder"),
         stored=stored,
-        is_expanded=stored not in ("bf16", precision),
+        is_expanded=stored not in (*_FLOATS, precision),
+        is_mapped=is_mapped,
+        loading=0 if is_mapped else loading_bytes(config, precision, slot),
     )
+
+
+def loading_bytes(config: ModelConfig, precision: Precision, slot: int) -> int:
+    """Bytes of the host while blocks that are not used as they lie in their files are loaded.
+
+    Two of them: the next to be copied, and the one that is loaded ahead. Where they are rounded to 8 bits, also the one
+    they are rounded from, in 16, and what is held for its largest matrix.
+    """
+    if precision not in EIGHT_BIT:
+        return 2 * slot
+    return 4 * slot + _ROUNDING * config.dit.dim * max(config.dit.dim, config.dit.ffn_dim)
 
 
 def largest_block(reader: Reader, dtype: torch.dtype, *, in_8_bits: bool = False) -> int:
@@ -108,7 +133,7 @@ def vae_bytes(config: ModelConfig, half: Half) -> int:
 def _tensor_bytes(shape: tuple[int, ...], stored: str, itemsize: int) -> list[int]:
     if len(shape) != 2:
         return [math.prod(shape) * 4]  # norms, modulation and biases: fp32 at most
-    if stored == "bf16":
+    if stored in _FLOATS:
         return [math.prod(shape) * itemsize]
     if stored in ("fp8", "int8"):
         return [math.prod(shape), shape[0] * 4]  # numbers, and a scale for each row

@@ -36,22 +36,30 @@ def call(monkeypatch: pytest.MonkeyPatch, module: object, *arguments: object) ->
     return 0
 
 
-def test_from_nothing_to_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a step or two of every training, of networks and data as small as can be."""
     monkeypatch.setattr(train_vae, "STAGES", (Stage(2, 2, 1, 32), Stage(1, 1, 17, 32)))
     make_vae = train_vae.make_vae
     monkeypatch.setattr(train_vae, "make_vae", lambda version: make_vae(version, base=4))
-    for module in (latents, distill):
+    for module in (latents, distill, train_i2v):
         monkeypatch.setattr(module, "NUM_CLIPS", 4)
         monkeypatch.setattr(module, "PIECE", 2)
-    monkeypatch.setattr(train_dit, "BATCH", 2)
     monkeypatch.setattr(train_dit, "PARTS", {name: part._replace(num_steps=2) for name, part in PARTS.items()})
     for module in (train_dit, evaluate):
         monkeypatch.setattr(module, "Model", lambda: Model(SMALL))
-    monkeypatch.setattr(distill, "NUM_STEPS", 2)
-    monkeypatch.setattr(distill, "BATCH", 2)
+    for module in (train_dit, distill, train_i2v, train_ti2v):
+        monkeypatch.setattr(module, "BATCH", 2)
+    for module in (distill, train_i2v, train_ti2v):
+        monkeypatch.setattr(module, "NUM_STEPS", 2)
+    for module in (train_i2v, train_ti2v):
+        monkeypatch.setattr(module, "NUM_JUDGED", 2)
+        monkeypatch.setattr(module, "DiTSizes", lambda **sizes: replace(SMALL, **sizes))
 
+
+def test_from_nothing_to_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_small(monkeypatch)
     assert call(monkeypatch, train_vae, tmp_path) == 0
     assert call(monkeypatch, evaluate_vae, tmp_path, "--clips", 1, "--require") == 1  # it has learnt nothing
     assert "frames 13-16" in capsys.readouterr().out
@@ -66,12 +74,6 @@ def test_from_nothing_to_a_checkpoint(
     for part in ("trajectories", "high_noise", "low_noise"):
         assert call(monkeypatch, distill, tmp_path, part) == 0
 
-    monkeypatch.setattr(train_i2v, "NUM_STEPS", 2)
-    monkeypatch.setattr(train_i2v, "BATCH", 2)
-    monkeypatch.setattr(train_i2v, "NUM_JUDGED", 2)
-    for name in ("NUM_CLIPS", "PIECE"):
-        monkeypatch.setattr(train_i2v, name, getattr(latents, name))
-    monkeypatch.setattr(train_i2v, "DiTSizes", lambda **sizes: replace(SMALL, **sizes))
     capsys.readouterr()
     for part in ("conditions", "high_noise", "low_noise", "evaluate"):
         assert call(monkeypatch, train_i2v, tmp_path, part) == 0
@@ -83,10 +85,6 @@ def test_from_nothing_to_a_checkpoint(
     )
     assert video.frames.shape == (17, 64, 64, 3)
 
-    monkeypatch.setattr(train_ti2v, "NUM_STEPS", 2)
-    monkeypatch.setattr(train_ti2v, "BATCH", 2)
-    monkeypatch.setattr(train_ti2v, "NUM_JUDGED", 2)
-    monkeypatch.setattr(train_ti2v, "DiTSizes", lambda **sizes: replace(SMALL, **sizes))
     assert call(monkeypatch, train_vae, tmp_path, "--version", "2.2") == 0
     assert call(monkeypatch, latents, tmp_path, "--version", "2.2") == 0
     capsys.readouterr()

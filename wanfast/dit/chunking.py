@@ -3,7 +3,6 @@
 Cut in any way they compute the same, but for the order in which a product sums.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 KEPT_TEXT_BYTES = 256_000_000  # keys and values of 300 tokens in a 14B expert: two prompts of usual length
@@ -25,11 +24,6 @@ CHUNKINGS = (
     Chunking(512, in_turn=True),
     Chunking(512, in_turn=True, text_bytes=0),
 )
-
-
-def leanest(chunkings: Sequence[Chunking]) -> Chunking:
-    """Give the one of them that holds least."""
-    return max(chunkings, key=CHUNKINGS.index)
 
 
 def leaner(chunking: Chunking) -> Chunking | None:

@@ -9,6 +9,7 @@ from wanfast.config import DiTConfig
 from wanfast.dit.chunking import KEPT_TEXT_BYTES
 
 _FP32, _COMPLEX64 = 4, 8
+_SCORED_KEYS = 64  # that the reference of 8-bit attention takes at a time
 
 
 def dit_activations(
@@ -102,6 +103,73 @@ def dit_activations_8bit(
         "residual streams": num_contexts * num_tokens * dim * _FP32,
         "queries, keys, values": full_length,
         "one run of tokens": largest - full_length,
+        "weights in 8 bits": weights,
+        "rotations": num_tokens * config.head_dim // 2 * _COMPLEX64,
+        "text and timestep": num_contexts * config.text_len * dim * 2 + timestep_rows * 13 * dim * _FP32,
+    }
+
+
+def dit_activations_8bit_reference(
+    config: DiTConfig,
+    *,
+    num_tokens: int,
+    num_contexts: int,
+    chunk_tokens: int,
+    is_int8: bool,
+    is_expanded: bool = False,
+    timestep_rows: int = 1,
+) -> dict[str, int]:
+    """Count what `predict_velocities` holds at its peak where blocks in 8 bits run without a GPU, for one sample.
+
+    The references widen to fp32 what kernels keep in registers: tokens, keys and values, and e4m3 weights.
+
+    Args:
+        config: sizes of the DiT.
+        num_tokens: T.
+        num_contexts: streams that are alive together.
+        chunk_tokens: tokens computed at a time.
+        is_int8: rather than e4m3: products are then summed in integers, and the FFN's hidden layer is rotated.
+        is_expanded: whether weights are rounded to 8 bits for each use.
+        timestep_rows: 2 where the first frame has a timestep of its own.
+
+    Returns:
+        Bytes by what they are for; their sum is the peak.
+    """
+    dim, ffn, run = config.dim, config.ffn_dim, min(chunk_tokens, num_tokens)
+    scales = num_tokens * config.num_heads * _FP32
+    moments = {
+        # Keys: they and values in 16 bits, queries in 8; less their mean, padded, by heads, and that scaled, in fp32.
+        "keys": (num_tokens * dim * (2 + 2 + 1 + 4 * _FP32) + scales, 0),
+        # Attention: all three in 8 bits, keys and values in fp32; of a run queries, and what scores of 64 keys become.
+        "attention": (
+            num_tokens * dim * (3 + 2 * _FP32) + scales,
+            run * (dim + 8 * config.num_heads * _SCORED_KEYS) * _FP32,
+        ),
+        # Queries and keys of a run together, summed: in integers, as fp32, scaled, and the sum. e4m3: weights in fp32.
+        "projections": (
+            num_tokens * dim * (2 + 2 + 1),
+            run * dim * (1 + 6 * _FP32) if is_int8 else run * dim * (1 + 3 * _FP32) + 2 * dim * dim * _FP32,
+        ),
+        # The FFN's hidden layer: int8 has it, rotated, scaled and rounded; e4m3 scaled beside the weights in fp32.
+        "hidden layer": (
+            0,
+            run * (dim + ffn * (3 * _FP32 + 1))
+            if is_int8
+            else max(run * ffn * (2 * _FP32 + 1), run * (ffn * (_FP32 + 1) + dim * (_FP32 + 1)) + dim * ffn * _FP32),
+        ),
+        "head": (
+            0,
+            (run * dim + num_tokens * math.prod(config.patch_size) * config.out_channels * (num_contexts + 1)) * _FP32,
+        ),
+    }
+    full_length, one_run = max(moments.values(), key=sum)
+    weights = 2 * dim * dim  # queries' and keys' as one, where they do not lie together
+    if is_expanded:  # as on a GPU
+        weights = 2 * (8 * dim * dim + 2 * dim * ffn) + dim * ffn * (2 + 4 + 4)
+    return {
+        "residual streams": num_contexts * num_tokens * dim * _FP32,
+        "queries, keys, values": full_length,
+        "one run of tokens": one_run,
         "weights in 8 bits": weights,
         "rotations": num_tokens * config.head_dim // 2 * _COMPLEX64,
         "text and timestep": num_contexts * config.text_len * dim * 2 + timestep_rows * 13 * dim * _FP32,

@@ -56,6 +56,7 @@ def predict_velocities(
     first_frame_timestep: float | None = None,
     text_memory: TextMemory | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    rotations: Tensor | None = None,
 ) -> list[Tensor]:
     """Predict the velocity of the latents under each context, in one pass over the blocks.
 
@@ -70,6 +71,7 @@ def predict_velocities(
         first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
         text_memory: of these blocks, from the step before: what is made of a context is then made once.
         chunk_tokens: tokens computed at a time, where tokens do not see one another.
+        rotations: of `rope_rotations` for this grid, on that device; made here where they are not given.
 
     Returns:
         Per context the velocity [B, out_channels, F, H, W], fp32. Nothing is written to.
@@ -82,7 +84,8 @@ def predict_velocities(
     grid = patch_grid(latents, config)
     time = embed_timesteps(first_frame_timestep, timestep, outer, config)
     first_tokens = 0 if first_frame_timestep is None else grid[1] * grid[2]
-    rotations = rope_rotations(grid, config.head_dim).to(device)
+    if rotations is None:
+        rotations = rope_rotations(grid, config.head_dim).to(device)
     memory = TextMemory(limit=0) if text_memory is None else text_memory
     texts = memory.texts(contexts, outer, config)
 

@@ -9,6 +9,7 @@ import mmap
 import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -96,6 +97,10 @@ class CudaSlots:
             for begin in range(0, size, BOUNCE_BYTES):
                 self._bounced(self.memory[slot][begin : min(begin + BOUNCE_BYTES, size)], block, begin)
         self._ready[slot].record(copies)
+
+    def copy_end(self, slot: int) -> Callable[[], None]:
+        """Give what waits for the slot's copy, or for a later one of the same slot."""
+        return self._ready[slot].synchronize
 
     def _bounced(self, target: Tensor, block: HostBlock, begin: int) -> None:
         if not self._bounce:

@@ -30,9 +30,14 @@ class Traffic:
 
     copied_bytes: int = 0  # of blocks, into slots
     stall_seconds: float = 0.0  # of the thread that computes, and of the device
+    idle_seconds: float = 0.0  # of these, those in which the device had nothing to compute
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.copied_bytes + other.copied_bytes, self.stall_seconds + other.stall_seconds)
+        return Traffic(
+            self.copied_bytes + other.copied_bytes,
+            self.stall_seconds + other.stall_seconds,
+            self.idle_seconds + other.idle_seconds,
+        )
 
 
 class Mover:
@@ -65,6 +70,7 @@ class Mover:
         self.waited_seconds = 0.0  # by the thread that computes
         self._needed = _needed_moves(schedule)
         self._is_copied_again = _copied_again(schedule)
+        store.expect([move.key for move in schedule.moves])
         work = [self._work, self._load_ahead] if loads_ahead else [self._work]
         # Daemons: should nobody stop them, they do not keep the process from ending.
         self._threads = [threading.Thread(target=verb, name="wanfast-residency", daemon=True) for verb in work]
@@ -129,6 +135,7 @@ class Mover:
                 assert block.layout.num_bytes <= len(self._slots.memory[move.slot]), "a block larger than a slot"
                 self._held[move.slot] = None  # until it is there whole
                 self._slots.fill(move.slot, block)
+                self._store.copied(move.key, self._slots.copy_end(move.slot))
                 with self._changed:
                     self._held[move.slot] = Held(move.key, block.layout)
                     self._moved += 1
@@ -140,20 +147,38 @@ class Mover:
                 self._changed.notify_all()
 
     def _load_ahead(self) -> None:
-        """Load every block once, in the order of the moves, until that is all host memory holds."""
-        room = free_host_memory()
-        for move, is_copied_again in zip(self.schedule.moves, self._is_copied_again, strict=True):
-            if self._is_stopped or room < 0:
+        """Load every block once, in the order of the moves, until that is all host memory holds.
+
+        Where what is kept has taken all the room, it goes on as blocks have had their last copy.
+        """
+        room, size = free_host_memory(), max(map(len, self._slots.memory), default=0)
+        for index, (move, is_copied_again) in enumerate(zip(self.schedule.moves, self._is_copied_again, strict=True)):
+            if not self._may_load(index, size):
                 return
-            if self._store.is_kept(move.key):
+            if self._store.is_kept(move.key) or index < self._moved:
                 continue
+            if room < 0:
+                return
             try:
                 room -= self._store.block(move.key, is_copied_again=is_copied_again).layout.num_bytes
             except BaseException:  # told by the other thread, when the block is needed
                 return
-            if not self._store.is_kept(move.key):
-                return
             self._store.will_read(move.key)
+
+    def _may_load(self, index: int, num_bytes: int) -> bool:
+        """Wait until the block of a move can be kept, is kept or was moved; False where the end came first."""
+        key, is_copied_again = self.schedule.moves[index].key, self._is_copied_again[index]
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._is_stopped
+                    or self._error is not None
+                    or index < self._moved
+                    or self._store.is_kept(key)
+                    or self._store.can_keep(key, num_bytes, is_copied_again=is_copied_again)
+                )
+            )
+            return not self._is_stopped and self._error is None
 
 
 def _needed_moves(schedule: Schedule) -> list[int]:

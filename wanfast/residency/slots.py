@@ -3,6 +3,7 @@
 One thread fills slots, another computes with them; which of the two may touch a slot when is the schedule's business.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,7 +18,10 @@ class Slots(Protocol):
     memory: list[Tensor]  # uint8 [bytes of a slot] each
 
     def fill(self, slot: int, block: HostBlock) -> None:
-        """Begin to copy a block into a slot that was `used`; returns when the block's own memory is not needed."""
+        """Begin to copy a block into a slot that was `used`; of its memory only what is pinned may be needed longer."""
+
+    def copy_end(self, slot: int) -> Callable[[], None]:
+        """Give what waits for the end of the slot's copy, in any thread."""
 
     def ready(self, slot: int) -> None:
         """Let what is computed from here on wait for the slot's copy."""
@@ -44,6 +48,10 @@ class HostSlots:
         """Copy a block into a slot."""
         block.read(0, self.memory[slot][: block.layout.num_bytes])
 
+    def copy_end(self, slot: int) -> Callable[[], None]:
+        """Give nothing to wait for: `fill` has returned."""
+        return _nothing
+
     def ready(self, slot: int) -> None:
         """Do nothing: `fill` has returned."""
 
@@ -57,3 +65,7 @@ class HostSlots:
     def close(self) -> None:
         """Let the memory go."""
         self.memory = []
+
+
+def _nothing() -> None:
+    pass

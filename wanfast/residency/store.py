@@ -2,11 +2,18 @@
 
 A block of a file that needs no conversion costs no memory here: it is read anew for each copy, and the system keeps as
 much of the file in memory as it likes. A block that was converted is kept as far as there is room, else made again.
+
+When room is short, what is needed last goes first: blocks that no announced copy needs any more, then those whose next
+copy is furthest away, the rule that also rules the slots. Nothing goes before that: the next generation needs it again,
+and reading and rounding it anew takes far longer than a copy.
 """
 
+import math
 import os
+import sys
 import threading
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -115,9 +122,18 @@ class HostBlock:
             if piece.file is not None:
                 piece.file.will_read(piece.offset, piece.num_bytes)
 
+    @property
+    def own_bytes(self) -> int:
+        """Host memory that it takes; pages of files are not counted."""
+        return sum(piece.num_bytes for piece in self.pieces if piece.file is None)
+
 
 class HostStore:
-    """Gives blocks to be copied; `block` may be called by several threads, the rest by one when no other is there."""
+    """Gives blocks to be copied.
+
+    `block`, `is_kept`, `can_keep` and `will_read` may be called by several threads, `copied` by the one that copies,
+    the rest by one when no other is there.
+    """
 
     def __init__(self, load: Callable[[Any, int], object], pin: Pin | None, limit: int | None) -> None:
         """Nothing is loaded yet.
@@ -129,11 +145,40 @@ class HostStore:
         """
         self._load = load
         self._pin = pin
+        self._pins = pin is not None
         self._limit = limit
         self._taken = 0
         self._loading = threading.Lock()
         self._kept: dict[Key, HostBlock] = {}
         self._files: dict[tuple[int, int], OpenFile] = {}
+        self._is_mapped = False  # whether the last block that was loaded is one of a file, or nearly so
+        self._uses: dict[Key, list[int]] = {}  # announced copies of each block
+        self._copies = 0  # of those announced, how many are under way or over
+        self._waits: dict[Key, Callable[[], None]] = {}  # for the last copy of a block's pinned memory
+
+    @property
+    def taken(self) -> int:
+        """Bytes of host memory that blocks take."""
+        return self._taken
+
+    def allow(self, limit: int) -> None:
+        """Bound the bytes that are taken from here on; what is kept beyond them goes when others need the room."""
+        self._limit = limit
+
+    def expect(self, keys: Sequence[Key]) -> None:
+        """Announce the copies to come, in order; forget those announced before."""
+        uses: dict[Key, list[int]] = {}
+        for at, key in enumerate(keys):
+            uses.setdefault(key, []).append(at)
+        self._uses, self._copies = uses, 0
+
+    def copied(self, key: Key, wait: Callable[[], None]) -> None:
+        """Note that the next of the announced copies is under way; `wait` returns when it is over.
+
+        No lock is taken: the thread that copies would wait for the one that loads ahead.
+        """
+        self._waits[key] = wait
+        self._copies += 1
 
     def block(self, key: Key, *, is_copied_again: bool) -> HostBlock:
         """Find a block, or load it; one that is copied again is worth pinned memory.
@@ -141,20 +186,26 @@ class HostStore:
         Raises:
             CheckpointError: it cannot be read.
         """
-        block = self._kept.get(key)
+        block = self._kept.get(key)  # the next copy's stays: others only make room that are needed after them
         if block is not None:
             return block
         with self._loading:
             block = self._kept.get(key)
             if block is None:
+                needed_at = self._next_copy(key, self._copies + 1)  # by now: loaded ahead, it is for the next copy
                 block = self._describe(key)
                 if is_copied_again:
-                    block = self._in_pinned_memory(block)
-                own = sum(piece.num_bytes for piece in block.pieces if piece.file is None)
-                if block.is_pinned or self._has_room(own):
+                    block = self._in_pinned_memory(block, needed_at)
+                if block.is_pinned or self._make_room(block.own_bytes, needed_at):
                     self._kept[key] = block
-                    self._taken += own
+                    self._taken += block.own_bytes
             return block
+
+    def can_keep(self, key: Key, num_bytes: int, *, is_copied_again: bool) -> bool:
+        """Whether a block of at most so many bytes may be loaded long before its copy, at the cost of no other's."""
+        if self._is_mapped and not (is_copied_again and self._pin is not None):
+            return True
+        return self._has_room(num_bytes) or self._last_needed(later_than=sys.maxsize) is not None
 
     def is_kept(self, key: Key) -> bool:
         """Whether a block was loaded and need not be loaded again."""
@@ -168,6 +219,7 @@ class HostStore:
     def close(self) -> None:
         """Let everything go."""
         self._kept.clear()
+        self._waits.clear()
         self._taken = 0
         for file in self._files.values():
             file.close()
@@ -179,24 +231,85 @@ class HostStore:
         left = free_host_memory() - RESERVE_BYTES
         return num_bytes <= (left if self._limit is None else min(left, self._limit - self._taken))
 
-    def _in_pinned_memory(self, block: HostBlock) -> HostBlock:
-        size = block.layout.num_bytes
-        if self._pin is None or not self._has_room(size):
+    def _make_room(self, num_bytes: int, needed_at: float) -> bool:
+        """Let go of what is needed later than `needed_at` until there is room; say whether there is."""
+        if self._limit is not None and num_bytes > self._limit:
+            return num_bytes == 0
+        while not self._has_room(num_bytes):
+            last = self._last_needed(later_than=needed_at)
+            if last is None:
+                return False
+            self._let_go(last)
+        return True
+
+    def _next_copy(self, key: Key, begin: int) -> float:
+        """The first of the announced copies of a block from `begin` on."""
+        uses = self._uses.get(key, [])
+        at = bisect_left(uses, begin)
+        return uses[at] if at < len(uses) else math.inf
+
+    def _last_needed(self, *, later_than: float, pinned: int | None = None) -> Key | None:
+        """Find the block that is needed last, if it is needed later than that: by copies, or never again.
+
+        Among those that are never needed again, it is the one that was copied first: its copy is over soonest.
+
+        Args:
+            later_than: an announced copy.
+            pinned: bytes of its pinned memory, where it shall have such.
+        """
+        needed: list[tuple[float, int, Key]] = []
+        for key, block in list(self._kept.items()):  # at once: another thread may keep one more meanwhile
+            is_of_use = block.own_bytes > 0 if pinned is None else block.is_pinned and block.own_bytes == pinned
+            if is_of_use and (at := self._next_copy(key, self._copies)) > later_than:
+                needed.append((at, -self._uses.get(key, [-1])[-1], key))
+        return max(needed)[2] if needed else None
+
+    def _let_go(self, key: Key) -> Tensor | None:
+        """Forget a block; give its pinned memory, from which no copy is under way any more."""
+        block = self._kept.pop(key)
+        self._taken -= block.own_bytes
+        wait = self._waits.pop(key, None)
+        if not block.is_pinned:
+            return None
+        if wait is not None:
+            wait()
+        return block.pieces[0].data
+
+    def _in_pinned_memory(self, block: HostBlock, needed_at: float) -> HostBlock:
+        if not self._pins:
             return block
-        memory = self._pin(size)
+        size = block.layout.num_bytes
+        memory = self._pinned(size, needed_at)
         if memory is None:
-            self._pin = None  # refused once, it is refused again: a limit of the system
             return block
         block.read(0, memory)
         return HostBlock(block.layout, (Piece("", 0, size, memory),), is_pinned=True)
+
+    def _pinned(self, size: int, needed_at: float) -> Tensor | None:
+        """Pin memory, or take that of a block that is needed later."""
+        if self._limit is not None and size > self._limit:
+            return None
+        while True:
+            if self._pin is not None and self._has_room(size):
+                memory = self._pin(size)
+                if memory is not None:
+                    return memory
+                self._pin = None  # refused once, it is refused again: a limit of the system
+            last = self._last_needed(later_than=needed_at, pinned=size if self._pin is None else None)
+            if last is None:
+                return None
+            memory = self._let_go(last)
+            if memory is not None and memory.nbytes == size:
+                return memory
 
     def _describe(self, key: Key) -> HostBlock:
         layout, parts = lay_out(self._load(*key))
         mapped = MappedFiles()
         names = [f"tensor {part.name} of {key[0]} block {key[1]}" for part in parts]
-        return HostBlock(
-            layout, tuple(self._piece(part, mapped, name) for part, name in zip(parts, names, strict=True))
-        )
+        pieces = tuple(self._piece(part, mapped, name) for part, name in zip(parts, names, strict=True))
+        block = HostBlock(layout, pieces)
+        self._is_mapped = block.own_bytes < layout.num_bytes // 2
+        return block
 
     def _piece(self, part: Part, mapped: MappedFiles, name: str) -> Piece:
         begin, size = part.place.offset, part.data.nbytes
