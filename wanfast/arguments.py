@@ -206,7 +206,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--suite", choices=("tiny",), default="tiny", help="tiny: held-out captions of wan-tiny, judged by pixels")
+    add("--suite", choices=("tiny",), default="tiny", help="tiny: captions for a trained wan-tiny, judged by pixels")
     _add_model_arguments(parser)
     says = "precisions, presets or PRECISION+PRESET, by commas; each is compared with exact"
     add("--tiers", default="fp32,int8,fp8", metavar="NAMES", help=f"{says}; default: fp32,int8,fp8")
