@@ -48,7 +48,7 @@ setup(
         "wanfast.kernels",
     ],
     package_dir={"wanfast": "wanfast", "wanfast.kernels": "kernels"},
-    package_data={"wanfast": ["py.typed", "_C.pyi", "wan_tiny/*"], "wanfast.bench": ["report.schema.json"]},
+    package_data={"wanfast": ["py.typed", "_C.pyi", "wan_tiny/**/*"], "wanfast.bench": ["report.schema.json"]},
     ext_modules=[
         Pybind11Extension(
             "wanfast._C",

@@ -45,7 +45,7 @@ def test_convert_a_small_expert(benchmark: BenchmarkFixture, precision: str, tmp
     from reference.single_files import write
 
     from wanfast.dit.weights import expected_tensors
-    from wanfast.tiny import random_tensors
+    from wanfast.random_weights import random_tensors
 
     state = random_tensors(expected_tensors(SMALL), seed="high")
     source = write(tmp_path / "source.safetensors", {name: tensor.half() for name, tensor in state.items()})

@@ -67,7 +67,7 @@ def _small_file(form: str, folder: Path) -> Path:
     from reference.single_files import write
 
     from wanfast.dit.weights import expected_tensors
-    from wanfast.tiny import random_tensors
+    from wanfast.random_weights import random_tensors
 
     state = random_tensors(expected_tensors(SMALL), seed="high")
     path = folder / f"{form}.safetensors"

@@ -18,9 +18,9 @@ from wanfast.checkpoint.reader import Reader, open_file
 from wanfast.config import DiTConfig
 from wanfast.dit.model import predict_velocities
 from wanfast.dit.weights import BlockWeights, expected_tensors, load_block, load_outer
+from wanfast.random_weights import random_tensors
 from wanfast.residency import Residency, weight_bytes
 from wanfast.residency.moves import plan_moves
-from wanfast.tiny import random_tensors
 
 CONFIG = DiTConfig(
     in_channels=16,

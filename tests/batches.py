@@ -10,7 +10,7 @@ import wanfast
 from wanfast.batch import Job, generate_batch
 from wanfast.generation import Inputs
 from wanfast.request import Request
-from wanfast.tiny import ensure_tiny
+from wanfast.tiny import tiny_folder
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 1}
 FLAGS = ["--size", "32x32", "--num-frames", "5", "--quiet", "--seed", "5"]
@@ -19,8 +19,8 @@ TEXTS = ["a red ball", "the cat jumps", "a blue box rolls"]
 
 def load(num_slots: int | None) -> wanfast.Pipeline:
     """wan-tiny on the CPU, with so many slots for blocks, or with blocks in place."""
-    size = wanfast.load(ensure_tiny(), device="cpu").loaded.block_bytes
-    return wanfast.load(ensure_tiny(), device="cpu", vram=None if num_slots is None else num_slots * size)
+    size = wanfast.load(tiny_folder(), device="cpu").loaded.block_bytes
+    return wanfast.load(tiny_folder(), device="cpu", vram=None if num_slots is None else num_slots * size)
 
 
 def jobs_of(pipeline: wanfast.Pipeline, **more: Any) -> list[Job]:

@@ -16,8 +16,8 @@ import wanfast
 from wanfast.budget import Budget
 from wanfast.dit.weights import expected_tensors
 from wanfast.forecast import budget_here
+from wanfast.random_weights import random_tensors
 from wanfast.request import Request
-from wanfast.tiny import random_tensors
 
 TOLERANCE = 0.05
 # Pages of the files, which the allocator does not see, what an earlier run has left there, and what is not this one's.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.tiny import random_tiny
 
 import wanfast
 from wanfast.errors import CheckpointError
-from wanfast.tiny import ensure_tiny
 
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 1}
 HIGH, LOW = (f"{name}_noise_model/diffusion_pytorch_model.safetensors" for name in ("high", "low"))
@@ -18,7 +18,7 @@ HIGH, LOW = (f"{name}_noise_model/diffusion_pytorch_model.safetensors" for name 
 @pytest.fixture(scope="module")
 def want(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     return (
-        wanfast.load(ensure_tiny(tmp_path_factory.mktemp("tiny") / "tiny"), device="cpu").generate("a", **SMALL).frames
+        wanfast.load(random_tiny(tmp_path_factory.mktemp("tiny") / "tiny"), device="cpu").generate("a", **SMALL).frames
     )
 
 
@@ -41,7 +41,7 @@ def overwrite(path: Path) -> None:
 @pytest.mark.parametrize("vram", [None, "100KB"])
 @pytest.mark.parametrize("file", [HIGH, LOW, "Wan2.1_VAE.pth"])
 def test_weights_written_over_in_use_are_refused(file: str, vram: str | None, tmp_path: Path) -> None:
-    folder = ensure_tiny(tmp_path / "tiny")
+    folder = random_tiny(tmp_path / "tiny")
     pipeline = wanfast.load(folder, device="cpu", vram=vram)
     with pytest.raises(CheckpointError, match=rf"{Path(file).name}: .*written to while in use"):
         pipeline.generate("a", on_step=changing_at(0, lambda: overwrite(folder / file)), **SMALL)
@@ -49,7 +49,7 @@ def test_weights_written_over_in_use_are_refused(file: str, vram: str | None, tm
 
 @pytest.mark.parametrize("file", [HIGH, LOW])
 def test_a_file_put_in_its_place_is_refused(file: str, tmp_path: Path) -> None:
-    folder = ensure_tiny(tmp_path / "tiny")
+    folder = random_tiny(tmp_path / "tiny")
 
     def replace() -> None:
         other = folder / "other"
@@ -63,7 +63,7 @@ def test_a_file_put_in_its_place_is_refused(file: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_deleted_in_use_still_serves(tmp_path: Path, want: torch.Tensor) -> None:
-    folder = ensure_tiny(tmp_path / "tiny")
+    folder = random_tiny(tmp_path / "tiny")
     pipeline = wanfast.load(folder, device="cpu")
     video = pipeline.generate("a", on_step=changing_at(0, (folder / HIGH).unlink), **SMALL)
     assert torch.equal(video.frames, want)

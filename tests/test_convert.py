@@ -25,11 +25,11 @@ from wanfast.convert import convert_model
 from wanfast.dit import weights as dit_weights
 from wanfast.errors import CheckpointError, RequestError
 from wanfast.model import Model, open_model
+from wanfast.random_weights import byte_tokenizer
 from wanfast.residency import map_tensors
 from wanfast.stored import GGUFWeight, ScaledWeight, Weight
 from wanfast.text import weights as text_weights
 from wanfast.text.weights import embed_tokens
-from wanfast.tiny import byte_tokenizer
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
 

@@ -75,6 +75,7 @@ FLOOR = {
     "command_parts": 11,
     "batch_command": 12,
     "judge": 0,
+    "random_weights": 1,
     "bench": 12,
     "verify": 13,
     "commands": 14,

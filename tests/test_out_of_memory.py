@@ -20,8 +20,8 @@ import wanfast.forecast as forecast
 from wanfast.budget import make_budget
 from wanfast.dit.weights import expected_tensors
 from wanfast.errors import MemoryBudgetError
+from wanfast.random_weights import random_tensors
 from wanfast.request import Request
-from wanfast.tiny import random_tensors
 from wanfast.vae.memory import VAEActivations
 from wanfast.weight_sizes import largest_block
 
@@ -139,8 +139,8 @@ def test_a_gpu_keeps_the_blocks_that_the_plan_has_room_for(model: Path, monkeypa
     none = VAEActivations(0, 0, 0)
     for name, size in {"text_activations": 0, "decode_activations": none, "encode_activations": none}.items():
         monkeypatch.setattr(budget, name, lambda *_, size=size, **__: size)  # of so small a model, more than its blocks
-    sizes = replace(forecast.sizes_of(loaded), vae_decoder=0, text_slot=0)
-    monkeypatch.setattr(forecast, "sizes_of", lambda model: sizes)
+    sizes = replace(forecast.sizes_of(loaded, loaded.precision), vae_decoder=0, text_slot=0)
+    monkeypatch.setattr(forecast, "sizes_of", lambda model, precision: sizes)
     whole = make_budget(loaded.config, plan, sizes, vram=None)
     others = whole.peak.total - whole.num_slots * whole.slot_bytes
     loaded.device = torch.device("cuda")

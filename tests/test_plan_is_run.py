@@ -6,6 +6,7 @@ import pytest
 import torch
 from blocks import make_block
 from reference import loras
+from reference.tiny import random_folder
 
 import wanfast
 from wanfast import forecast
@@ -15,14 +16,13 @@ from wanfast.errors import MemoryBudgetError
 from wanfast.forecast import budget_here
 from wanfast.pipeline import plan_for
 from wanfast.residency import Residency
-from wanfast.tiny import ensure_tiny
 
 SMALL = {"width": 32, "height": 32, "num_frames": 1, "num_inference_steps": 4, "seed": 1}
 ROOMY = 200 * 10**9
 
 
 def load(**options: object) -> wanfast.Pipeline:
-    return wanfast.load(ensure_tiny(), device="cpu", **options)
+    return wanfast.load(random_folder(), device="cpu", **options)
 
 
 def budget_of(pipeline: wanfast.Pipeline) -> Budget:
@@ -130,7 +130,7 @@ def test_loras_are_held_to_memory_before_anything_is_loaded(tmp_path: Path) -> N
     ids=str,
 )
 def test_a_plan_for_a_cpu_says_so(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "a", "--device", "cpu", *words]) == 0
+    assert main(["plan", "a", "--model", str(random_folder()), "--device", "cpu", *words]) == 0
     shown = capsys.readouterr().out
     assert told in shown
     assert "all of it is the host's: a CPU has no other" in shown

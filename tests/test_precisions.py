@@ -18,7 +18,7 @@ from wanfast.dit.packed import PackedBlock
 from wanfast.errors import RequestError
 from wanfast.model import open_model
 from wanfast.residency import Residency
-from wanfast.tiny import ensure_tiny
+from wanfast.tiny import tiny_folder
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 1}
 PRECISIONS = pytest.mark.parametrize("precision", ["fp8", "int8"])
@@ -55,10 +55,10 @@ def test_converted_weights_compute_what_weights_rounded_at_load_do(precision: st
 
 def test_the_same_bits_for_every_number_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Residency, "_is_in_place", lambda self, experts: False)
-    size = wanfast.load(ensure_tiny(), device="cpu", precision="int8").loaded._residency._slot_bytes
-    want = latents(ensure_tiny(), "int8", vram=8 * size)
-    assert size < wanfast.load(ensure_tiny(), device="cpu", precision="exact").loaded._residency._slot_bytes
-    assert torch.equal(latents(ensure_tiny(), "int8", vram=2 * size), want)
+    size = wanfast.load(tiny_folder(), device="cpu", precision="int8").loaded._residency._slot_bytes
+    want = latents(tiny_folder(), "int8", vram=8 * size)
+    assert size < wanfast.load(tiny_folder(), device="cpu", precision="exact").loaded._residency._slot_bytes
+    assert torch.equal(latents(tiny_folder(), "int8", vram=2 * size), want)
 
 
 class Spoiled:
@@ -118,7 +118,7 @@ def test_an_exact_run_is_not_repeated(model: Path, monkeypatch: pytest.MonkeyPat
 
 def test_names() -> None:
     with pytest.raises(RequestError, match=r"^precision: must be auto, fp32, exact, fp8, int8, got 'fp4'"):
-        wanfast.load(ensure_tiny(), precision="fp4")  # type: ignore[arg-type]
+        wanfast.load(tiny_folder(), precision="fp4")  # type: ignore[arg-type]
 
 
 def test_fp8_is_not_planned_for_a_card_that_has_none(capsys: pytest.CaptureFixture[str]) -> None:

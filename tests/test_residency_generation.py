@@ -14,7 +14,7 @@ from wanfast.loaded import LoadedModel
 from wanfast.residency import Residency, weight_bytes
 from wanfast.residency.slots import HostSlots
 from wanfast.residency.store import HostBlock
-from wanfast.tiny import ensure_tiny
+from wanfast.tiny import tiny_folder
 
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 1}
 
@@ -33,9 +33,9 @@ def always_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_model(num_slots: int, **options: object) -> wanfast.Pipeline:
-    pipeline = wanfast.load(ensure_tiny(), device="cpu", **options)
+    pipeline = wanfast.load(tiny_folder(), device="cpu", **options)
     largest = pipeline.loaded._residency._slot_bytes
-    return wanfast.load(ensure_tiny(), device="cpu", vram=max(num_slots * largest, 1), **options)
+    return wanfast.load(tiny_folder(), device="cpu", vram=max(num_slots * largest, 1), **options)
 
 
 @pytest.mark.parametrize(("precision", "counts"), [("fp32", range(2, 8)), ("exact", (2, 5))])
@@ -86,7 +86,7 @@ def test_every_stored_form_moves(form: str, precision: str, original: Original, 
 def test_a_model_is_announced_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[list[str]] = []
     monkeypatch.setattr(Residency, "begin", lambda self, passes: begun.append(list(passes)))
-    pipeline = wanfast.load(ensure_tiny(), device="cpu")
+    pipeline = wanfast.load(tiny_folder(), device="cpu")
     pipeline.generate("a red ball", output="latents", **SMALL)
     plan = pipeline.plan(wanfast.Request("a red ball", **SMALL))
     assert begun == [[step.expert for step in plan.steps]]

@@ -16,10 +16,10 @@ from reference.vocabulary import train_spiece
 import wanfast
 from wanfast.__main__ import main
 from wanfast.checkpoint.reader import memory_reader
+from wanfast.random_weights import byte_tokenizer
 from wanfast.text import weights as text_weights
 from wanfast.text.tokenizer import tokenize
 from wanfast.text.umt5 import encode_text
-from wanfast.tiny import byte_tokenizer
 from wanfast.video import read_settings, read_video
 
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}

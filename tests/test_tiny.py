@@ -1,54 +1,54 @@
-"""The built-in model: made once, whole or not at all, and made anew where it is damaged."""
+"""The model in the box shows what a prompt asks for, through the command, the library and diffusers."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import wanfast
+from wanfast.__main__ import main
 from wanfast.errors import CheckpointError
-from wanfast.model import open_model
-from wanfast.tiny import ensure_tiny
+from wanfast.judge import judge
+from wanfast.tiny import tiny_folder
+from wanfast.video import read_video
+
+CAPTIONS = (
+    "a red circle moves left",
+    "a large yellow square slides down on a dotted navy background",
+    "a small white triangle stands still",
+)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_video_shows_what_its_caption_says(caption: str) -> None:
+    video = wanfast.load(device="cpu").generate(caption, seed=1)
+    assert video.frames.shape == (17, 64, 64, 3)
+    verdict = judge(video.frames.numpy().astype(np.float32) / 255, caption)
+    assert verdict.follows and verdict.count
+    assert not judge(video.frames.numpy()[::-1].astype(np.float32) / 255, "a green circle moves up").follows
 
 
-def test_it_is_the_same_to_the_byte_and_made_once(tmp_path: Path) -> None:
-    first, second = ensure_tiny(tmp_path / "a"), ensure_tiny(tmp_path / "b")
-    assert contents(first) == contents(second)
-    made = (first / "wanfast.json").stat().st_mtime_ns
-    assert ensure_tiny(first) == first
-    assert (first / "wanfast.json").stat().st_mtime_ns == made
-    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
-    assert open_model(first).config.name == "wan-tiny"
+def test_the_command_shows_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = tmp_path / "clip.mp4"
+    assert main(["generate", "a blue square moves right", "--seed", "3", "-o", str(clip), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(clip)
+    assert judge(read_video(clip).numpy().astype(np.float32) / 255, "a blue square moves right").follows
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
-def test_a_damaged_copy_is_made_anew(damage: str, tmp_path: Path) -> None:
-    folder = ensure_tiny(tmp_path / "tiny")
-    whole = contents(folder)
-    victim = folder / "Wan2.1_VAE.pth"
-    if damage == "truncated":
-        victim.write_bytes(victim.read_bytes()[:-100])
-    elif damage == "missing":
-        victim.unlink()
-    else:
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-    assert contents(ensure_tiny(folder)) == whole
-    assert {p.name for p in tmp_path.iterdir()} == {"tiny"}
+def test_it_is_small_and_says_what_it_is() -> None:
+    folder = tiny_folder()
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    assert sum(sizes) <= 25_000_000
+    assert (folder.parent / "README.md").is_file()
+    for expert in ("high_noise", "low_noise"):
+        tensors = load_file(folder / f"{expert}_model" / "diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "mine.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="move it away"):
-        ensure_tiny(tmp_path / "tiny")
-    assert (tmp_path / "tiny" / "mine.txt").read_text() == "precious"
-
-
-def test_without_a_writable_cache_a_temporary_copy_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert open_model(ensure_tiny()).config.name == "wan-tiny"
+def test_where_it_was_not_installed_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanfast.tiny.__file__", str(tmp_path / "tiny.py"))
+    with pytest.raises(CheckpointError, match="wan-tiny is not there; install wanfast again"):
+        wanfast.load(device="cpu")

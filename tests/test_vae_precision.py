@@ -14,7 +14,7 @@ from wanfast.errors import NotFiniteError
 from wanfast.generation import decode_frames
 from wanfast.loaded import LoadedModel
 from wanfast.request import Request
-from wanfast.tiny import ensure_tiny
+from wanfast.tiny import tiny_folder
 from wanfast.vae.weights import VAEWeights, compute_dtype
 
 
@@ -36,7 +36,7 @@ def narrow() -> wanfast.Pipeline:
     """wan-tiny with its VAE in fp16."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loaded, "compute_dtype", lambda precision, device: torch.float16)
-        pipeline = wanfast.load(ensure_tiny(), device="cpu")
+        pipeline = wanfast.load(tiny_folder(), device="cpu")
         assert pipeline.loaded.vae_decoder().decoder is not None
     return pipeline
 
@@ -55,7 +55,7 @@ def test_frames_that_leave_the_range_are_taken_again_in_fp32(
 ) -> None:
     latents = latents_of(narrow)
     latents[:, 1:] *= 1e6  # the first frame has gone out by then
-    want = decoded(wanfast.load(ensure_tiny(), device="cpu", precision="fp32"), latents)
+    want = decoded(wanfast.load(tiny_folder(), device="cpu", precision="fp32"), latents)
     with caplog.at_level(logging.WARNING, logger="wanfast"):
         got = decoded(narrow, latents)
         assert [len(frames) for frames in got] == [1, 4]

@@ -25,7 +25,7 @@ from wanfast.presets import apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
 from wanfast.settings import RecordedLora, settings_of
-from wanfast.tiny import ensure_tiny
+from wanfast.tiny import tiny_folder
 from wanfast.version import __version__
 from wanfast.video import Video
 
@@ -91,7 +91,7 @@ def open_loaded(
     host_budget = None if ram is None else parse_bytes("ram", ram)
     is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
     is_built_in = sources == Sources()
-    opened = open_model(ensure_tiny() if is_built_in else sources)
+    opened = open_model(tiny_folder() if is_built_in else sources)
     if is_built_in:  # every machine has its own: a clip must not name this one's folder
         opened = replace(opened, found_at=None)
     _warn_of_rounding(opened, precision)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference.loras import linear_layers, random_factors, write_lora
+from reference.tiny import random_tiny
 from safetensors.torch import save_file
 
 from wanfast.bench import diffusers_loras, measure, official_engine
@@ -27,7 +28,6 @@ from wanfast.generation import draw_noise
 from wanfast.lora import LoraSpec
 from wanfast.model import open_model
 from wanfast.request import Request
-from wanfast.tiny import ensure_tiny
 
 FP32 = Tier("fp32", "fp32")
 
@@ -40,7 +40,7 @@ def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Two experts, one step of each, without LoRAs."""
-    tiny = ensure_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")
+    tiny = random_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")
     return Case(
         weights="tiny random",
         sources=Sources(),

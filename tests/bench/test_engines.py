@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from reference.tiny import random_tiny
 
 from wanfast.bench import measure
 from wanfast.bench.case import Case, Tier, open_case, parse_tiers, plan_of
@@ -25,7 +26,6 @@ from wanfast.generation import draw_noise
 from wanfast.model import open_model
 from wanfast.plan import make_plan
 from wanfast.request import Request
-from wanfast.tiny import ensure_tiny
 
 CPU = torch.device("cpu")
 FP32 = Tier("fp32", "fp32")
@@ -39,7 +39,7 @@ def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")
+    return random_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")
 
 
 def make_case(tiny: Path, name: str = "t2v-A14B", *, picture: Image.Image | None = None, **asked: Any) -> Case:
@@ -188,9 +188,25 @@ def test_tiers_are_read() -> None:
         Tier("lightning4", "fp32", "lightning4"),
         Tier("exact+lightning4", "exact", "lightning4"),
     )
-    for text in ("exact,", "lightning4+exact", "auto", "fp32,fp32"):
+    assert parse_tiers("density0.5,int8+density.25, exact+lightning4+density1,lightning4+density0.3", CPU) == (
+        Tier("density0.5", "fp32", None, 0.5),
+        Tier("int8+density.25", "int8", None, 0.25),
+        Tier("exact+lightning4+density1", "exact", "lightning4", 1.0),
+        Tier("lightning4+density0.3", "fp32", "lightning4", 0.3),
+    )
+    wrong = ("exact,", "lightning4+exact", "auto", "fp32,fp32", "density0", "density0.0", "density1.5", "density", "+")
+    for text in (*wrong, "density0.5+exact", "exact+density", "density0.5+density0.4", "exact+int8", ""):
         with pytest.raises(RequestError, match="tiers: "):
             parse_tiers(text, CPU)
+
+
+def test_a_density_is_of_its_tier_alone(tiny: Path) -> None:
+    case = make_case(tiny, num_inference_steps=4)
+    assert plan_of(case).attention_density == 1
+    sparse = plan_of(case, Tier("density0.5", "fp32", None, 0.5))
+    assert (sparse.attention_density, sparse.num_dense_steps, len(sparse.steps)) == (0.5, 1, 4)
+    few = plan_of(case, Tier("lightning4+density0.5", "fp32", "lightning4", 0.5))
+    assert (few.attention_density, few.solver) == (0.5, "euler")
 
 
 def test_a_preset_leaves_the_rest_of_a_request_alone(tiny: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.tiny import random_tiny
 
 from wanfast.__main__ import main
 from wanfast.bench import official_engine
@@ -21,7 +22,6 @@ from wanfast.config import I2V_A14B, T2V_A14B, TI2V_5B, ModelConfig
 from wanfast.errors import RequestError
 from wanfast.generation import draw_noise
 from wanfast.request import Request
-from wanfast.tiny import ensure_tiny
 
 CPU = torch.device("cpu")
 
@@ -212,7 +212,7 @@ def test_what_is_missing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_refuses_it_before_anything_is_loaded(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ensure_tiny(tmp_path / "wan-tiny")
+    model = random_tiny(tmp_path / "wan-tiny")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = ["bench", "--model", str(model), "--device", "cpu", "--reference", str(checkout), "-o", "out"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference.tiny import random_tiny
 
 from wanfast.bench import random_model as module
 from wanfast.bench.random_model import random_model, tiny_of
@@ -15,13 +16,12 @@ from wanfast.model import open_model
 from wanfast.plan import make_plan
 from wanfast.request import Request
 from wanfast.text.weights import expected_tensors as text_tensors
-from wanfast.tiny import ensure_tiny
 from wanfast.vae.sizes import expected_tensors as vae_tensors
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return open_model(ensure_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")).config
+    return open_model(random_tiny(tmp_path_factory.mktemp("tiny") / "wan-tiny")).config
 
 
 @pytest.mark.parametrize("name", list(MODELS))

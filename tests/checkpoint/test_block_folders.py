@@ -16,7 +16,7 @@ from wanfast.checkpoint.part import open_part
 from wanfast.checkpoint.reader import open_folder
 from wanfast.errors import CheckpointError, RequestError
 from wanfast.model import open_model
-from wanfast.tiny import byte_tokenizer
+from wanfast.random_weights import byte_tokenizer
 
 FORMS = {
     "bf16": lambda state: ({n: t.bfloat16() for n, t in state.items()},) * 2,

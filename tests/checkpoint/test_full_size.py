@@ -11,7 +11,7 @@ from reference.checkpoints import dit_shapes, text_shapes, vae_shapes
 from reference.meta_files import comfy_text_encoder, fp8_scaled, lightx2v, plain, write_meta
 
 from wanfast.checkpoint.inspect import describe
-from wanfast.tiny import byte_tokenizer
+from wanfast.random_weights import byte_tokenizer
 
 A14B = {"dim": 5120, "ffn_dim": 13824, "out_dim": 16, "layers": 40}
 T2V, I2V = dit_shapes(in_dim=16, **A14B), dit_shapes(in_dim=36, **A14B)

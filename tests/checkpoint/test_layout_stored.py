@@ -24,7 +24,7 @@ from wanfast.checkpoint.names import dit_to_diffusers, text_to_llama_cpp, text_t
 from wanfast.checkpoint.reader import Reader
 from wanfast.errors import CheckpointError
 from wanfast.model import open_model
-from wanfast.tiny import byte_tokenizer
+from wanfast.random_weights import byte_tokenizer
 
 State = dict[str, Tensor]
 EXPERTS = ("high_noise", "low_noise")

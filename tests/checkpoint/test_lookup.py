@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference.single_files import text_state, vae_state, write, write_comfy
+from reference.tiny import random_tiny
 
 from wanfast.checkpoint import hub
 from wanfast.checkpoint.lookup import Sources, find_checkpoint
 from wanfast.checkpoint.nearby import expert_by_name, partner_paths
 from wanfast.errors import CheckpointError, RequestError
-from wanfast.tiny import ensure_tiny
 
 HIGH, LOW = (f"wan2.2_t2v_{word}_noise_14B_fp8_scaled.safetensors" for word in ("high", "low"))
 
@@ -211,7 +211,7 @@ def test_what_is_not_there_is_said(sources, error, message, tmp_path, monkeypatc
 
 
 def test_a_folder_of_another_layout_takes_named_parts(tmp_path):
-    folder = ensure_tiny(tmp_path / "tiny")
+    folder = random_tiny(tmp_path / "tiny")
     moved = (folder / "Wan2.1_VAE.pth").rename(tmp_path / "my.pth")
     with pytest.raises(CheckpointError, match=r"Wan2\.1_VAE\.pth: missing"):
         find_checkpoint(Sources(model=folder))
@@ -239,7 +239,7 @@ def test_offline_the_cache_serves_and_no_call_is_made(tmp_path):
     repository = tmp_path / "hub" / "models--Wan-AI--Wan2.2-T2V-A14B"
     snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.parent.mkdir(parents=True)
-    ensure_tiny(tmp_path / "tiny").rename(snapshot)
+    random_tiny(tmp_path / "tiny").rename(snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -273,7 +273,7 @@ def test_a_download_says_its_size_first_and_needs_the_room(free, monkeypatch, ca
         if local_files_only:
             raise hub.errors.LocalEntryNotFoundError("none")
         assert "downloading Wan-AI/Wan2.2-T2V-A14B: 3.0 GB in 2 files" in caplog.text
-        return str(ensure_tiny(tmp_path / "tiny"))
+        return str(random_tiny(tmp_path / "tiny"))
 
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.huggingface_hub.HfApi, "model_info", model_info)

@@ -22,8 +22,8 @@ from wanfast.dit.model import predict_velocities
 from wanfast.dit.weights import expected_tensors, load_block, load_outer
 from wanfast.errors import CheckpointError
 from wanfast.linear import expand
+from wanfast.random_weights import random_tensors
 from wanfast.stored import ScaledWeight
-from wanfast.tiny import random_tensors
 
 CONFIG = DiTConfig(
     in_channels=16,

@@ -20,8 +20,8 @@ from wanfast.checkpoint.names import text_to_llama_cpp, text_to_transformers
 from wanfast.config import MODELS, VAE_2_1, VAE_2_2, DiTConfig, TextConfig
 from wanfast.dit.weights import expected_tensors as dit_tensors
 from wanfast.model import open_model
+from wanfast.random_weights import byte_tokenizer, random_tensors
 from wanfast.text.weights import expected_tensors as text_tensors
-from wanfast.tiny import byte_tokenizer, random_tensors
 from wanfast.vae.weights import expected_tensors as vae_tensors
 
 TEXT = TextConfig(

@@ -12,8 +12,8 @@ from torch import Tensor
 from wanfast.checkpoint.names import text_to_transformers
 from wanfast.config import VAE_2_1, VAE_2_2, DiTConfig, TextConfig
 from wanfast.dit.weights import expected_tensors as dit_tensors
+from wanfast.random_weights import byte_tokenizer, random_tensors
 from wanfast.text.weights import expected_tensors as text_tensors
-from wanfast.tiny import byte_tokenizer, random_tensors
 from wanfast.vae.weights import expected_tensors as vae_tensors
 
 CHANNELS = {"t2v": (16, 16), "i2v": (36, 16), "ti2v": (48, 48)}

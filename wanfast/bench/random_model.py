@@ -25,9 +25,9 @@ from wanfast.config import ModelConfig
 from wanfast.dit.weights import expected_tensors as dit_tensors
 from wanfast.dit.weights import is_fp32
 from wanfast.model import Model
+from wanfast.random_weights import byte_tokenizer, random_tensors
 from wanfast.text.tokenizer import Tokenizer
 from wanfast.text.weights import expected_tensors as text_tensors
-from wanfast.tiny import byte_tokenizer, random_tensors
 from wanfast.vae.sizes import expected_tensors as vae_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
