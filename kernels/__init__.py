@@ -13,7 +13,17 @@ if __name__ == "wanfast.kernels":
     from .attention_8bit import attention_8bit
     from .attention_int8 import attention_int8, attention_int8_quantized
     from .attention_sparse import attention_sparse
-    from .block_mask import BlockLists, block_mask
+    from .block_mask import (
+        KEY_BLOCK,
+        QUERY_BLOCK,
+        BlockLists,
+        block_mask,
+        block_means,
+        choose_blocks,
+        choosing_bytes,
+        lists_of_run,
+    )
+    from .block_mask import kept_at_most as blocks_kept_at_most
     from .causal_conv3d import causal_conv3d, runs_causal_conv3d
     from .dequantize_gguf import dequantize_gguf
     from .dequantize_scaled import dequantize_scaled
@@ -49,6 +59,8 @@ else:
 __all__ = [
     "GROUP",
     "HEAD_DIMS",
+    "KEY_BLOCK",
+    "QUERY_BLOCK",
     "BlockLists",
     "Correction",
     "PackedConv",
@@ -64,7 +76,11 @@ __all__ = [
     "attention_int8_quantized",
     "attention_sparse",
     "block_mask",
+    "block_means",
+    "blocks_kept_at_most",
     "causal_conv3d",
+    "choose_blocks",
+    "choosing_bytes",
     "dequantize_gguf",
     "dequantize_scaled",
     "fit_weight",
@@ -79,6 +95,7 @@ __all__ = [
     "linear_8bit_gelu",
     "linear_8bit_residual",
     "linear_stored",
+    "lists_of_run",
     "pack_conv",
     "quantize_keys",
     "quantize_queries",

@@ -106,27 +106,50 @@ def finish_half(
     y,  # [BLOCK_M, HALF] fp32: products times x's scale
     w_scale_ptr,  # [N] fp32, or None
     bias_ptr,  # [N], or None
-    t_ptr,  # at the tile's first row: [.., R], contiguous, or None
-    up_ptr,  # [N, R], contiguous
-    last_row,  # of t, counted from the tile's first
     n,  # [HALF]: columns of y
     N,
-    R,
-    BLOCK_M: tl.constexpr,
-):  # -> y with its weight's scale, the bias and the low-rank term
+):  # -> y with its weight's scale and the bias
     live = n < N
     if w_scale_ptr is not None:
         y *= tl.load(w_scale_ptr + n, mask=live, other=0.0)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def finish_tile(
+    low,  # [BLOCK_M, HALF] fp32: products times x's scale
+    high,  # the same of the columns beside them; unused unless SPLIT
+    w_scale_ptr,  # [N] fp32, or None
+    bias_ptr,  # [N], or None
+    t_ptr,  # at the tile's first row: [.., R], contiguous, or None
+    up_ptr,  # [N, R], contiguous
+    last_row,  # of t, counted from the tile's first
+    n,  # [HALF]: columns of low
+    N,
+    R,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # -> both with their weight's scale, the bias and the low-rank term
+    HALF: tl.constexpr = low.shape[1]
+    low = finish_half(low, w_scale_ptr, bias_ptr, n, N)
+    if SPLIT:
+        high = finish_half(high, w_scale_ptr, bias_ptr, n + HALF, N)
     if t_ptr is not None:
+        # Products that share an operand are laid out as those of the main loop are, and their sums need not be moved.
         m = tl.arange(0, BLOCK_M)[:, None]
+        live = (n < N)[:, None]
+        up_at = up_ptr + n.to(tl.int64)[:, None] * R
         for start in tl.range(0, R, 16, num_stages=1):
             r = start + tl.arange(0, 16)[None, :]
             t = tl.load(t_ptr + m * R + r, mask=(m <= last_row) & (r < R), other=0.0)
-            up = tl.load(up_ptr + n.to(tl.int64)[:, None] * R + r, mask=live[:, None] & (r < R), other=0.0)
-            y = tl.dot(t, up.T, y)
-    return y
+            up = tl.load(up_at + r, mask=live & (r < R), other=0.0)
+            low = tl.dot(t, up.T, low)
+            if SPLIT:
+                up = tl.load(up_at + HALF * R + r, mask=(n + HALF < N)[:, None] & (r < R), other=0.0)
+                high = tl.dot(t, up.T, high)
+    return low, high
 
 
 def matmul_reference(x: Quantized, weight: QuantizedWeight, bias: Tensor | None, low_rank: LowRank | None) -> Tensor:

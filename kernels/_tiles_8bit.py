@@ -46,7 +46,6 @@ class Generation:
     int8: Tile  # a scale per token
     e4m3: Tile  # the same
     grouped: Tile  # a scale for each 128 channels of a token
-    grouped_low_rank: Tile  # the same, with a low-rank term
     bias_alone: Tile | None = None  # in place of these, where nothing but a bias follows the product
     unpacks: bool = True  # whether packed weights are unpacked as they are multiplied, where tokens are few
 
@@ -63,7 +62,7 @@ class Generation:
             Launch parameters; those of "gelu" have 128 columns, one scale of the result.
         """
         if grouped:
-            return self.grouped_low_rank if low_rank else self.grouped
+            return self.grouped
         if epilogue == "bias" and not low_rank and self.bias_alone is not None:
             return self.bias_alone
         return self.int8 if dtype == torch.int8 else self.e4m3
@@ -79,18 +78,17 @@ _WIDE_WHOLE = Tile(128, 256, 128, num_warps=8, num_stages=3, split=False)
 
 # By compute capability x 10, the largest that is not above the GPU's.
 GENERATIONS = {
-    80: Generation(fp16_sums=False, int8=_TALL, e4m3=_TALL, grouped=_SQUARE, grouped_low_rank=_SQUARE),
-    89: Generation(fp16_sums=True, int8=_TALL, e4m3=_PAIR, grouped=_PAIR_DEEP, grouped_low_rank=_SQUARE),
+    80: Generation(fp16_sums=False, int8=_TALL, e4m3=_TALL, grouped=_SQUARE),
+    89: Generation(fp16_sums=True, int8=_TALL, e4m3=_PAIR, grouped=_PAIR_DEEP),
     90: Generation(
         fp16_sums=False,
         int8=_SQUARE_DEEP,
         e4m3=_SQUARE_DEEP,
         grouped=_SQUARE_DEEP,
-        grouped_low_rank=_SQUARE_DEEP,
         bias_alone=_WIDE_WHOLE,
         unpacks=False,
     ),
-    120: Generation(fp16_sums=False, int8=_TALL, e4m3=_TALL, grouped=_SQUARE_WHOLE, grouped_low_rank=_SQUARE_WHOLE),
+    120: Generation(fp16_sums=False, int8=_TALL, e4m3=_TALL, grouped=_SQUARE_WHOLE),
 }
 
 

@@ -10,7 +10,7 @@ Numerics   those of attention.py, whose steps are called: with every block liste
 Bounds     lists ascend, so a partial block of keys can only be the last of its list: the last is peeled, the others run
            without a mask. Block numbers are not looked at: who makes lists answers for them.
 Traffic    as attention.py; work is that of attention.py times the share of blocks listed.
-Reference  attention_sparse_reference, below: the masked softmax.
+Reference  attention_sparse_reference, below: the softmax over the listed keys, gathered.
 Source     block_mask.py, for the lists.
 """
 
@@ -38,13 +38,16 @@ from .block_mask import QUERY_BLOCK, BlockLists, check_lists, token_mask
 def attention_sparse_reference(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """The formula above in plain torch, one head at a time: a head's mask holds T x S booleans."""
+    """The formula above in plain torch, one head and block of queries at a time, over copies of its listed keys."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    for b in range(q.shape[0]):
-        for n in range(q.shape[2]):
-            at = (slice(b, b + 1), slice(None), n)
-            mask = token_mask(lists, b, n, q.shape[1], k.shape[1])
-            out[b, :, n] = F.scaled_dot_product_attention(q[at], k[at], v[at], attn_mask=mask, scale=scale)[0]
+    for b, n, i in torch.cartesian_prod(*(torch.arange(size) for size in lists.counts.shape)).reshape(-1, 3).tolist():
+        rows = slice(i * QUERY_BLOCK, (i + 1) * QUERY_BLOCK)
+        blocks = lists.columns[b, n, i, : lists.counts[b, n, i]].long()
+        keys = (blocks[:, None] * KEYS + torch.arange(KEYS, device=q.device)).flatten()
+        keys = keys[keys < k.shape[1]]
+        out[b, rows, n] = F.scaled_dot_product_attention(
+            q[b, rows, n][None], k[b, keys, n][None], v[b, keys, n][None], scale=scale
+        )[0]
     return out
 
 

@@ -20,7 +20,7 @@ from ._launch import on_device_of, runs_triton, tl, triton
 from ._matmul_8bit import (
     LowRank,
     check_operands,
-    finish_half,
+    finish_tile,
     launch_arguments,
     matmul_reference,
     sum_products,
@@ -91,11 +91,10 @@ def _linear_8bit_kernel(
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tile_n * BLOCK_N + tl.arange(0, HALF)
     y_at = y_ptr + row * y_stride_m + column + (m * y_stride_m + tl.arange(0, HALF)[None, :])
-    low = finish_half(low, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M)
+    low, high = finish_tile(low, high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M, SPLIT)
     tl.store(y_at, low, mask=(m <= last_row) & (n < N)[None, :])
     if SPLIT:
         n += HALF
-        high = finish_half(high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M)
         tl.store(y_at + HALF, high, mask=(m <= last_row) & (n < N)[None, :])
 
 

@@ -22,7 +22,7 @@ from ._launch import on_device_of, runs_triton, tl, triton
 from ._matmul_8bit import (
     LowRank,
     check_operands,
-    finish_half,
+    finish_tile,
     launch_arguments,
     matmul_reference,
     sum_products,
@@ -107,9 +107,10 @@ def _linear_8bit_gelu_kernel(
     )
     HALF: tl.constexpr = 64 if SPLIT else 128
     n = tile_n * BLOCK_N + tl.arange(0, HALF)
-    low = _gelu_tanh(finish_half(low, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M))
+    low, high = finish_tile(low, high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M, SPLIT)
+    low = _gelu_tanh(low)
     if SPLIT:
-        high = _gelu_tanh(finish_half(high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n + 64, N, R, BLOCK_M))
+        high = _gelu_tanh(high)
         if ROTATED:
             low, high = rotate_halves(low, high, hadamard(64))
         absmax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))

@@ -20,6 +20,7 @@ from ._matmul_8bit import (
     LowRank,
     check_operands,
     finish_half,
+    finish_tile,
     launch_arguments,
     matmul_reference,
     sum_products,
@@ -123,11 +124,15 @@ def _linear_8bit_residual_kernel(
     live = m <= last_row
     if gate_ptr is not None:
         gate_ptr += b * gate_stride_b
-    low = finish_half(low, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M)
+    if t_ptr is not None:
+        low, high = finish_tile(low, high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M, SPLIT)
+    else:  # one half after the other, which takes fewer registers
+        low = finish_half(low, w_scale_ptr, bias_ptr, n, N)
     _add_half(at, low, gate_ptr, gate_stride_r, is_first, n[None, :], live & (n < N)[None, :], N)
     if SPLIT:
         n += HALF
-        high = finish_half(high, w_scale_ptr, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M)
+        if t_ptr is None:
+            high = finish_half(high, w_scale_ptr, bias_ptr, n, N)
         _add_half(at + HALF, high, gate_ptr, gate_stride_r, is_first, n[None, :], live & (n < N)[None, :], N)
 
 

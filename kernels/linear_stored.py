@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ._checks import COMPUTE_DTYPES, require
 from ._launch import on_device_of, runs_triton, tl, triton
-from ._matmul_8bit import LowRank, check_terms, finish_half, tile_at
+from ._matmul_8bit import LowRank, check_terms, finish_tile, tile_at
 from ._quantized import GROUP, Quantized, check_quantized, dequantize_reference
 from ._tiles_8bit import generation_of
 from .dequantize_gguf import check_blocks, dequantize_gguf_reference
@@ -150,7 +150,7 @@ def _linear_stored_kernel(
         y += part
     if not GROUPED:
         y *= tl.load(scale_at)[:, None]  # in bounds: rows up to the last
-    y = finish_half(y, None, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M)
+    y, _ = finish_tile(y, y, None, bias_ptr, t_ptr, up_ptr, last_row, n, N, R, BLOCK_M, False)
     m = tl.arange(0, BLOCK_M)[:, None]
     at = y_ptr + row * y_stride_m + (m * y_stride_m + n[None, :])
     tl.store(at, y, mask=(m <= last_row) & (n < N)[None, :])

@@ -96,7 +96,9 @@ class Played:
         self._count("round values", v, v, values)
         return QuantizedValues(values, scale, mean, tokens)
 
-    def play_attention_int8_quantized(self, q: Any, k: Any, v: Any, dtype: Any, *, rotated: bool) -> Quantized:
+    def play_attention_int8_quantized(
+        self, q: Any, k: Any, v: Any, dtype: Any, *, rotated: bool, lists: None
+    ) -> Quantized:
         batch, tokens, heads, dim = q.values.shape
         out = self._rows(torch.Size((batch, tokens, heads * dim)), dtype, heads, rotated)
         self._count("attention", out)

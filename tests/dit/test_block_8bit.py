@@ -1,23 +1,27 @@
 """The DiT in 8 bits: near fp32 by a stated margin, from weights in any form, with LoRAs, in any runs of tokens."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from reference.dit import golden_state, golden_tensor, small_config
+from reference.families import make_family
 from reference.gguf_files import pack
 from torch import Tensor
 
 from wanfast.adapter import Change, attach
 from wanfast.checkpoint.quantize import quantize_rows
-from wanfast.checkpoint.reader import memory_reader
+from wanfast.checkpoint.reader import Reader, memory_reader
 from wanfast.config import DiTConfig
 from wanfast.dit.model import predict_velocities
-from wanfast.dit.packed import multiplies_e4m3, pack_block, prepare_block, refuse_unfit
+from wanfast.dit.packed import _joined, multiplies_e4m3, pack_block, prepare_block, refuse_unfit
 from wanfast.dit.weights import BlockWeights, load_block, load_outer
 from wanfast.errors import RequestError
 from wanfast.linear import Linear, LowRank, expand
+from wanfast.loaded import LoadedModel
+from wanfast.model import open_model
 from wanfast.residency.packing import lay_out, unpack
 from wanfast.stored import GGUFWeight, ScaledWeight
 
@@ -254,6 +258,35 @@ def test_rounded_weights_expand_to_what_they_were(dtype: torch.dtype) -> None:
     assert error(expand(stored), weight) < (0.01 if dtype == INT8 else 0.04)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("capability", "fits"),
+    [
+        ((7, 5), False),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), False),
+        ((10, 3), False),
+        ((11, 0), False),
+        ((12, 0), True),
+        ((12, 1), True),
+    ],
+)
+def test_8_bits_need_a_generation_that_kernels_are_compiled_for(
+    precision: str, capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    gpu, config = torch.device("cuda", 0), config_of("heads of 128")
+    if fits:
+        refuse_unfit(config, precision, gpu)
+        return
+    name = f"sm_{capability[0]}{capability[1]}"
+    with pytest.raises(RequestError, match=rf"^precision: {precision} runs on sm_80 .* B200 is {name}; try exact$"):
+        refuse_unfit(config, precision, gpu)
+    refuse_unfit(config, precision, torch.device("cpu"))
+
+
 def test_a_model_without_whole_groups_is_refused_for_a_gpu() -> None:
     cpu = torch.device("cpu")
     refuse_unfit(config_of("heads of 64"), "fp8", cpu)
@@ -273,3 +306,53 @@ def test_fp8_needs_a_gpu_that_has_it(capability: tuple[int, int], fits: bool, mo
     else:
         with pytest.raises(RequestError, match=r"^precision: fp8 needs .* got NVIDIA GeForce RTX 3090; try int8"):
             refuse_unfit(config, "fp8", gpu)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_gpu_without_8_bit_kernels_is_refused_before_anything_is_read(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(make_family("t2v", tmp_path).write_official(tmp_path / "model"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    monkeypatch.setattr(Reader, "load", lambda self, name: pytest.fail(f"{name} was read"))
+    with pytest.raises(
+        RequestError, match=f"^precision: {precision} runs on sm_80 .* NVIDIA B200 is sm_100; try exact"
+    ):
+        LoadedModel(model, precision=precision, device=torch.device("cuda", 0))
+
+
+def test_matrices_that_lie_together_are_seen_as_one_and_others_are_copied() -> None:
+    store = torch.arange(40.0).view(10, 4)
+    first, second, third = store[:3], store[3:5], store[5:]
+    together = _joined([first, second, third])
+    assert torch.equal(together, store) and together.data_ptr() == store.data_ptr()
+    apart = {
+        "a gap": [first, third],
+        "another order": [second, first],
+        "other memory, where it would follow": [first, (store + 100)[3:5]],
+        "columns": [store[:5, :2], store[5:, :2]],
+        "the same twice": [first, first],
+    }
+    for name, parts in apart.items():
+        joined = _joined(parts)
+        assert torch.equal(joined, torch.cat(parts)), name
+        assert joined.is_contiguous() and joined.data_ptr() != store.data_ptr(), name
+    (alone,) = [_joined([second])]
+    assert alone.data_ptr() == second.data_ptr()
+
+
+@DTYPES
+@torch.no_grad()
+def test_a_batch_gives_what_each_sample_gives_alone(dtype: torch.dtype) -> None:
+    case = Case("heads of 128")
+    blocks, outer = packed(case.blocks(), dtype), load_outer(case.reader, case.config, torch.bfloat16)
+    latents = torch.cat([case.latents, golden_tensor("other", *case.latents.shape)])
+    contexts = golden_tensor("contexts", 2, 9, case.config.text_dim).bfloat16()
+    options = {"first_frame_timestep": 0.0, "chunk_tokens": 64}
+    (both,) = predict_velocities(latents, 500, [contexts], outer, blocks, case.config, **options)
+    assert not torch.equal(*both)
+    for sample in range(2):
+        own, text = latents[sample : sample + 1], contexts[sample : sample + 1]
+        (alone,) = predict_velocities(own, 500, [text], outer, blocks, case.config, **options)
+        assert error(both[sample : sample + 1], alone) < 1e-3  # sums of the layers in 16 bits in another order

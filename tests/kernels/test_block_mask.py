@@ -6,7 +6,14 @@ import torch
 from tolerance import assert_close
 from torch import Tensor
 
-from wanfast.kernels import BlockLists, block_mask
+from wanfast.kernels import (
+    BlockLists,
+    block_mask,
+    block_means,
+    blocks_kept_at_most,
+    choose_blocks,
+    lists_of_run,
+)
 from wanfast.kernels.block_mask import (
     KEY_BLOCK,
     QUERY_BLOCK,
@@ -198,3 +205,116 @@ def test_block_mask_refuses(arguments, message):
     block_mask(**good)
     with pytest.raises(ValueError, match=message):
         block_mask(**(good | arguments))
+
+
+def int8_rows(tokens: int, heads: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
+    values = torch.randint(-127, 128, (2, tokens, heads, head_dim), dtype=torch.int8, device=device)
+    return values, torch.rand(2, tokens, heads, device=device) + 0.01
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 128), (129, 128), (300, 128), (200, 64)])
+def test_means_of_rows_in_8_bits_take_in_their_scales(run, tokens, block, head_dim, device):
+    values, scale = int8_rows(tokens, 3, head_dim, device)
+    wide = values.double() * scale.double()[..., None]
+    want = torch.stack([part.mean(1) for part in wide.split(block, 1)], 2)
+    assert_close(got=run(values, block, scale), want=want, op="pool_blocks")
+
+
+@IMPLEMENTATIONS
+def test_means_of_a_slice_of_rows_in_8_bits(run, device):
+    values, scale = int8_rows(150, 4, 64, device)
+    part = values[:, :, 1:3]
+    wide = part.double() * scale[:, :, 1:3].double()[..., None]
+    want = torch.stack([some.mean(1) for some in wide.split(128, 1)], 2)
+    assert_close(got=run(part, 128, scale[:, :, 1:3].contiguous()), want=want, op="pool_blocks")
+
+
+def test_block_means_takes_the_kernel_or_the_reference(monkeypatch, device):
+    values, scale = int8_rows(130, 2, 64, device)
+    for runs in (device.type == "cuda", True):
+        monkeypatch.setattr(MODULE, "runs_triton", lambda _, runs=runs: runs)
+        run = pool_blocks_triton if runs else pool_blocks_reference
+        assert torch.equal(block_means(values, 128, scale), run(values, 128, scale))
+
+
+@pytest.mark.parametrize("rule", [{"density": 0.3}, {"cumulative": 0.6}], ids=str)
+def test_lists_do_not_depend_on_how_many_heads_are_looked_at_together(rule, monkeypatch, device):
+    q, k = 3 * torch.randn(2, 2, 520, 5, 64, device=device)
+    whole = block_mask(q, k, **rule)
+    monkeypatch.setattr(MODULE, "MAP_ELEMENTS", 2 * 5 * 9)  # two heads of five
+    parts = block_mask(q, k, **rule)
+    assert torch.equal(parts.columns, whole.columns)
+    assert torch.equal(parts.counts, whole.counts)
+
+
+def test_runs_of_queries_make_the_lists_of_all(device):
+    q, k = 3 * torch.randn(2, 1, 700, 2, 64, device=device)
+    want = block_mask(q, k, density=0.2)
+    means = torch.cat([block_means(run, QUERY_BLOCK) for run in q.split(256, 1)], 2)
+    lists = choose_blocks(means, block_means(k, KEY_BLOCK), queries=700, keys=700, density=0.2, scale=1 / math.sqrt(64))
+    assert torch.equal(lists.columns, want.columns)
+    assert torch.equal(lists.counts, want.counts)
+
+
+@pytest.mark.parametrize(("start", "stop", "rows"), [(0, 700, [0, 6]), (0, 256, [0, 2]), (256, 700, [2, 6])])
+def test_lists_of_a_run_are_those_of_its_queries(start, stop, rows, device):
+    q, k = torch.randn(2, 1, 700, 2, 64, device=device)
+    lists = block_mask(q, k, density=0.2)
+    part = lists_of_run(lists, start, stop)
+    check_lists(part, q[:, start:stop], 700)
+    assert torch.equal(part.columns, lists.columns[:, :, slice(*rows)])
+    assert torch.equal(part.counts, lists.counts[:, :, slice(*rows)])
+    with pytest.raises(ValueError, match="start: must be a multiple of 128, got 64"):
+        lists_of_run(lists, 64, 256)
+
+
+def test_no_more_blocks_are_kept_than_is_said():
+    q = torch.randn(1, 1290, 3, 64)
+    for density in (0.01, 0.1, 0.5, 0.93, 1.0):
+        kept = block_mask(q, -q, density=density).counts.max()  # the own blocks are those of least mass
+        assert kept == blocks_kept_at_most(density, 21)
+
+
+INT8 = torch.zeros(2, 200, 3, 64, dtype=torch.int8)
+SCALE = torch.ones(2, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q[0], 64), r"x: must be \[B, T, N, D\]"),
+        ((Q.transpose(2, 3), 64), "x: channels must be adjacent"),
+        ((Q, 32), "block: must be 128 or 64, got 32"),
+        ((Q.long(), 64), "x: must be float16, bfloat16, float32, float64 or int8, got torch.int64"),
+        ((Q, 64, SCALE), "scale: must be None where x is not int8"),
+        ((INT8, 64), "scale: must be given for int8"),
+        ((INT8, 64, SCALE[:, 1:]), r"scale: must be \(2, 200, 3\), got \(2, 199, 3\)"),
+        ((INT8, 64, SCALE.double()), "scale: must be fp32 and contiguous"),
+        ((INT8[..., :32], 64, SCALE), "x: head dimension of int8 must be 64 or 128, got 32"),
+    ],
+)
+def test_block_means_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        block_means(*arguments)
+
+
+MEANS = {"q_mean": torch.zeros(2, 3, 2, 8), "k_mean": torch.zeros(2, 3, 5, 8), "queries": 200, "keys": 300}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q_mean": torch.zeros(2, 3, 3, 8)}, r"q_mean: must be \(2, 3, 2, 8\) for 200 tokens, got \(2, 3, 3, 8\)"),
+        ({"keys": 321}, r"k_mean: must be \(2, 3, 6, 8\) for 321 tokens"),
+        ({"k_mean": torch.zeros(2, 3, 5, 8).half()}, "k_mean: must be float32, got torch.float16"),
+        ({"scale": 0.0}, "scale: must be above 0 and finite, got 0.0"),
+        ({"density": None}, "density, cumulative: give one"),
+    ],
+)
+def test_choose_blocks_refuses(arguments, message):
+    good = MEANS | {"density": 0.5, "scale": 1.0}
+    choose_blocks(**good)
+    with pytest.raises(ValueError, match=message):
+        choose_blocks(**(good | arguments))

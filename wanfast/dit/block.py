@@ -21,7 +21,7 @@ from wanfast.dit.attention import attention
 from wanfast.dit.chunking import CHUNKINGS
 from wanfast.dit.text import KeyValues, Text
 from wanfast.dit.weights import AttentionWeights, BlockWeights
-from wanfast.kernels import gated_residual, layer_norm, layer_norm_modulate, rms_norm
+from wanfast.kernels import block_mask, gated_residual, layer_norm, layer_norm_modulate, lists_of_run, rms_norm
 from wanfast.linear import Linear, expand, linear
 from wanfast.rope import apply_rope
 
@@ -55,6 +55,7 @@ def dit_block(
     first_tokens: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
     attends_to_itself: bool = True,
+    attention_density: float = 1.0,
 ) -> Tensor:
     """Run one block in the memory of its stream.
 
@@ -70,6 +71,7 @@ def dit_block(
         first_tokens: tokens [0, first_tokens) take modulation row 0, the others the last row.
         chunk_tokens: tokens computed at a time; another number changes nothing but the order of a product's sums.
         attends_to_itself: False where `self_attention` has been run on hidden already.
+        attention_density: as in `self_attention`.
 
     Returns:
         hidden.
@@ -84,6 +86,7 @@ def dit_block(
             eps=eps,
             first_tokens=first_tokens,
             chunk_tokens=chunk_tokens,
+            attention_density=attention_density,
         )
     runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
     dtype = block.ffn_up.weight.dtype
@@ -118,6 +121,7 @@ def self_attention(
     first_tokens: int = 0,
     stream_dtype: torch.dtype = torch.float32,
     chunk_tokens: int = CHUNK_TOKENS,
+    attention_density: float = 1.0,
 ) -> None:
     """Run the first step of a block, which knows nothing of the text, in the memory of its stream.
 
@@ -131,7 +135,8 @@ def self_attention(
         first_tokens: that take modulation row 0.
         stream_dtype: of the numbers in the stream; before the first block they are a projection's, in the weights'
             dtype, and their first norm is rounded to it.
-        chunk_tokens: tokens computed at a time.
+        chunk_tokens: tokens computed at a time; a multiple of 128 where attention is sparse.
+        attention_density: share of the blocks of keys, above 0, that each block of queries attends to; 1 is all.
     """
     dtype = block.self_attn.q.weight.dtype
     runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
@@ -145,8 +150,10 @@ def self_attention(
             apply_rope(_heads(x, layers.q, layers.norm_q, num_heads, eps), rotations[at], out=q[:, at])
             apply_rope(_heads(x, layers.k, layers.norm_k, num_heads, eps), rotations[at], out=k[:, at])
             v[:, at] = _split_heads(linear(x, layers.v), num_heads)
+        lists = block_mask(q, k, density=attention_density) if attention_density < 1 else None
         for run in runs:
-            x = linear(attention(q[:, run.tokens], k, v), layers.o)
+            listed = None if lists is None else lists_of_run(lists, run.tokens.start, run.tokens.stop)
+            x = linear(attention(q[:, run.tokens], k, v, lists=listed), layers.o)
             _add(stream, x, gate, run)
 
 

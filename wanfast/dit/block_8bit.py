@@ -5,8 +5,9 @@ int8 queries and keys. The stream, norms, softmax and sums are fp32; attention t
 Source: docs/numerics.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import log
 from typing import Any, TypeAlias
 
 import torch
@@ -18,10 +19,11 @@ from wanfast.dit.attention import attention
 from wanfast.dit.block import CHUNK_TOKENS, token_runs
 from wanfast.dit.packed import PackedBlock, PackedLinear, multiplies_e4m3
 from wanfast.dit.text import KeyValues
-from wanfast.kernels import GROUP, Quantized, QuantizedKeys, QuantizedQueries, QuantizedValues
+from wanfast.kernels import GROUP, BlockLists, Quantized, QuantizedKeys, QuantizedQueries, QuantizedValues
 
 _COMPUTE_DTYPE = torch.bfloat16  # of what is not 8-bit
-Attend: TypeAlias = Callable[[Any], Quantized]  # from the queries of a run, as they were made for it
+# From the queries of a run, as they were made for it, and the lists of their blocks.
+Attend: TypeAlias = Callable[[Any, BlockLists | None], Quantized]
 
 
 def dit_block_8bit(
@@ -36,6 +38,7 @@ def dit_block_8bit(
     first_tokens: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
     attends_to_itself: bool = True,
+    attention_density: float = 1.0,
 ) -> Tensor:
     """Run one block in the memory of its stream; arguments and result as in `dit_block`."""
     if attends_to_itself:
@@ -48,6 +51,7 @@ def dit_block_8bit(
             eps=eps,
             first_tokens=first_tokens,
             chunk_tokens=chunk_tokens,
+            attention_density=attention_density,
         )
     runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
     for sample, (stream, rows) in enumerate(zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True)):
@@ -73,6 +77,7 @@ def self_attention_8bit(
     eps: float,
     first_tokens: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
+    attention_density: float = 1.0,
 ) -> None:
     """Run the first step of a block in the memory of its stream; arguments as in `self_attention`."""
     runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
@@ -103,6 +108,7 @@ def self_attention_8bit(
             else:
                 queries.append(kernels.rms_norm_rope(q, block.norm_q, rotations[at], eps=eps))
             del x, q, both
+        lists = _chosen(queries, keys, attention_density) if attention_density < 1 else None
         attend: Attend
         if in_8_bits:
             rounded = torch.float8_e4m3fn if multiplies_e4m3(hidden.device) else torch.float16
@@ -113,19 +119,42 @@ def self_attention_8bit(
         else:
             attend = partial(_attend_in_16_bits, block, keys, values)
         for run, of_run in zip(runs, queries, strict=True):
-            _add(stream[:, run.tokens], attend(of_run), block.attended, gate, run.first_tokens)
+            listed = None if lists is None else kernels.lists_of_run(lists, run.tokens.start, run.tokens.stop)
+            _add(stream[:, run.tokens], attend(of_run, listed), block.attended, gate, run.first_tokens)
 
 
-def _attend_in_8_bits(block: PackedBlock, k: QuantizedKeys, v: QuantizedValues, q: QuantizedQueries) -> Quantized:
+def _chosen(queries: Sequence[Tensor | QuantizedQueries], keys: Tensor, density: float) -> BlockLists:
+    """Choose the blocks of keys for all queries, which lie in runs; in 8 bits the softmax's factor is in them."""
+    means, scale = [], keys.shape[3] ** -0.5
+    for q in queries:
+        if isinstance(q, QuantizedQueries):
+            means.append(kernels.block_means(q.values, kernels.QUERY_BLOCK, q.scale))
+            scale = log(2)
+        else:
+            means.append(kernels.block_means(q, kernels.QUERY_BLOCK))
+    return kernels.choose_blocks(
+        torch.cat(means, 2),
+        kernels.block_means(keys, kernels.KEY_BLOCK),
+        queries=keys.shape[1],
+        keys=keys.shape[1],
+        density=density,
+        scale=scale,
+    )
+
+
+def _attend_in_8_bits(
+    block: PackedBlock, k: QuantizedKeys, v: QuantizedValues, q: QuantizedQueries, lists: BlockLists | None
+) -> Quantized:
     rotated = _rotated(block.attended)
     if q.values.shape[3] == GROUP:  # a scale per head is then one per group of channels
-        return kernels.attention_int8_quantized(q, k, v, block.dtype, rotated=rotated)
-    return kernels.quantize_rows(kernels.attention_int8(q, k, v).flatten(2), block.dtype, rotated=rotated)
+        return kernels.attention_int8_quantized(q, k, v, block.dtype, rotated=rotated, lists=lists)
+    attended = kernels.attention_int8(q, k, v, lists=lists).flatten(2)
+    return kernels.quantize_rows(attended, block.dtype, rotated=rotated)
 
 
-def _attend_in_16_bits(block: PackedBlock, k: Tensor, v: Tensor, q: Tensor) -> Quantized:
+def _attend_in_16_bits(block: PackedBlock, k: Tensor, v: Tensor, q: Tensor, lists: BlockLists | None) -> Quantized:
     """For heads of a width that no 8-bit kernel has."""
-    return kernels.quantize_rows(attention(q, k, v), block.dtype, rotated=_rotated(block.attended))
+    return kernels.quantize_rows(attention(q, k, v, lists=lists), block.dtype, rotated=_rotated(block.attended))
 
 
 def _attended_to_text(part: Tensor, block: PackedBlock, k: Tensor, v: Tensor, last_count: int, eps: float) -> Quantized:

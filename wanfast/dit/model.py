@@ -36,6 +36,13 @@ class _Sizes(TypedDict):
     chunk_tokens: int
 
 
+class _Later(TypedDict):
+    """What blocks after the first do otherwise."""
+
+    attends_to_itself: bool
+    attention_density: float
+
+
 @dataclass(frozen=True, slots=True)
 class TimeEmbedding:
     """What the timestep tells the network; R is 1, or 2 where the first frame has a timestep of its own, in row 0."""
@@ -57,6 +64,8 @@ def predict_velocities(
     text_memory: TextMemory | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     rotations: Tensor | None = None,
+    order: Tensor | None = None,
+    attention_density: float = 1.0,
 ) -> list[Tensor]:
     """Predict the velocity of the latents under each context, in one pass over the blocks.
 
@@ -71,7 +80,11 @@ def predict_velocities(
         first_frame_timestep: of the tokens of the first latent frame, where it has one of its own.
         text_memory: of these blocks, from the step before: what is made of a context is then made once.
         chunk_tokens: tokens computed at a time, where tokens do not see one another.
-        rotations: of `rope_rotations` for this grid, on that device; made here where they are not given.
+        rotations: of `rope_rotations` for this grid, on that device, in `order`; made here where they are not given.
+        order: of `token_order` for this grid, on that device: the order in which blocks have the tokens. That of the
+            grid where it is not given.
+        attention_density: share of the blocks of keys that each block of queries attends to, in every block of the DiT
+            but the first; 1 is all.
 
     Returns:
         Per context the velocity [B, out_channels, F, H, W], fp32. Nothing is written to.
@@ -86,10 +99,11 @@ def predict_velocities(
     first_tokens = 0 if first_frame_timestep is None else grid[1] * grid[2]
     if rotations is None:
         rotations = rope_rotations(grid, config.head_dim).to(device)
+        rotations = rotations if order is None else rotations[order]
     memory = TextMemory(limit=0) if text_memory is None else text_memory
     texts = memory.texts(contexts, outer, config)
 
-    embedded = embed_latents(latents, condition, outer, config)
+    embedded = embed_latents(latents, condition, outer, config, order)
     streams = [embedded.to(torch.float32, copy=True)]
     stream_dtype = embedded.dtype
     del embedded
@@ -109,14 +123,15 @@ def predict_velocities(
         for hidden, text in zip(streams, texts, strict=True):
             make = partial(text_key_values, text.text, block.cross_attn, num_heads=config.num_heads, eps=config.eps)
             key_values = memory.key_values(text, index, make)
+            later: _Later = {"attends_to_itself": index > 0, "attention_density": attention_density}
             if isinstance(block, PackedBlock):
-                dit_block_8bit(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
+                dit_block_8bit(hidden, block, modulation, key_values, rotations, **later, **sizes)
             else:
-                dit_block(hidden, block, modulation, key_values, rotations, attends_to_itself=index > 0, **sizes)
+                dit_block(hidden, block, modulation, key_values, rotations, **later, **sizes)
     if num_blocks != config.num_layers:
         raise RequestError(f"blocks: must be all {config.num_layers} blocks of the model, got {num_blocks}")
     runs = list(token_runs(rotations.shape[0], chunk_tokens, first_tokens))
-    return [_head(hidden, time.embedding, grid, runs, outer, config) for hidden in streams]
+    return [_head(hidden, time.embedding, grid, runs, order, outer, config) for hidden in streams]
 
 
 def _attend_to_itself(
@@ -176,12 +191,14 @@ def embed_timesteps(
     return TimeEmbedding(embedding, projection.view(-1, 6, config.dim))
 
 
-def embed_latents(latents: Tensor, condition: Tensor | None, outer: OuterWeights, config: DiTConfig) -> Tensor:
-    """Cut latents and condition [B, c, F, H, W] into patches, the column running fastest: [B, T, C], weights' dtype."""
+def embed_latents(
+    latents: Tensor, condition: Tensor | None, outer: OuterWeights, config: DiTConfig, order: Tensor | None = None
+) -> Tensor:
+    """Cut latents and condition [B, c, F, H, W] into patches, in order, and embed them: [B, T, C], weights' dtype."""
     x = latents if condition is None else torch.cat([latents, condition.to(latents.dtype)], dim=1)
     pf, ph, pw = config.patch_size
     patches = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
-    return linear(patches, outer.patch_embedding)
+    return linear(patches if order is None else patches[:, order], outer.patch_embedding)
 
 
 def _head(
@@ -189,17 +206,18 @@ def _head(
     embedding: Tensor,
     grid: tuple[int, int, int],
     runs: Sequence[Run],
+    order: Tensor | None,
     outer: OuterWeights,
     config: DiTConfig,
 ) -> Tensor:
-    """Turn the residual stream [B, T, C] into a velocity [B, out_channels, F, H, W], all in fp32."""
+    """Turn the residual stream [B, T, C], whose tokens have `order`, into a velocity [B, out_channels, F, H, W]."""
     shift, scale = (outer.head_modulation + embedding[:, None])[None].unbind(2)
     patches = hidden.new_empty(*hidden.shape[:2], outer.head.weight.shape[0])
     for sample in range(len(hidden)):
         for run in runs:
             x = hidden[sample : sample + 1, run.tokens]
             x = layer_norm_modulate(x, scale, shift, eps=config.eps, first_tokens=run.first_tokens)
-            patches[sample, run.tokens] = linear(x, outer.head)[0]
+            patches[sample, run.tokens if order is None else order[run.tokens]] = linear(x, outer.head)[0]
     f, h, _ = grid
     pf, ph, pw = config.patch_size
     return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, pf=pf, ph=ph, pw=pw)

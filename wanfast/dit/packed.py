@@ -24,6 +24,7 @@ from wanfast.kernels import GROUP, QuantizedWeight
 from wanfast.linear import Linear, expand
 from wanfast.stored import GGUFWeight, ScaledWeight
 
+_GENERATIONS = (8, 9, 12)  # of GPUs, by the first number of the compute capability, that 8-bit kernels are compiled for
 DTYPES: Mapping[str, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # by precision
 
 LowRank: TypeAlias = tuple[QuantizedWeight, Tensor]  # down [R, in] in 8 bits, up [out, R] with the term's scale in it
@@ -63,12 +64,28 @@ def multiplies_e4m3(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def multiplies_8_bit(device: torch.device) -> bool:
+    """Whether the kernels are compiled for a device's 8-bit products; the references run anywhere else.
+
+    Data-centre Blackwell (sm_100 to sm_110) multiplies by other instructions, which Triton 3.7 does not compile the
+    rotations of int8 to.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in _GENERATIONS
+
+
 def refuse_unfit(config: DiTConfig, precision: str, device: torch.device) -> None:
     """Refuse a model that no kernel multiplies in 8 bits on a GPU, and a GPU that has no such numbers.
 
     Raises:
-        RequestError: its channels do not come in whole groups, or the precision is fp8 on a GPU before Ada.
+        RequestError: its channels do not come in whole groups, the GPU is of a generation without 8-bit kernels, or the
+            precision is fp8 on a GPU before Ada.
     """
+    if not multiplies_8_bit(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise RequestError(
+            f"precision: {precision} runs on sm_80 to sm_90 and sm_120, {torch.cuda.get_device_name(device)} is"
+            f" sm_{major}{minor}; try exact"
+        )
     if precision == "fp8" and not multiplies_e4m3(device):
         name = torch.cuda.get_device_name(device)
         raise RequestError(f"precision: fp8 needs a GPU of compute capability 8.9 or more, got {name}; try int8")
