@@ -1,11 +1,15 @@
 """What the doctor makes of machines that are not here."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
 
 from wanfast.__main__ import main
+from wanfast.arguments import build_parser
+from wanfast.checkpoint.lookup import Sources
+from wanfast.command_parts import sources_of
 from wanfast.doctor import GPU, Finding, Machine, diagnose, probe
 
 CARD = GPU(
@@ -85,6 +89,16 @@ def test_each_ill_has_its_remedy(name: str) -> None:
     others = [found for found in diagnose(machine) if found.about in before and found.about != about]
     if machine.gpus and name != "old card":
         assert all(found == before[found.about] for found in others)
+
+
+def test_commands_of_wanfast_can_be_pasted() -> None:
+    """They are lines that wanfast takes, and name a model: without one they would mean the built-in one."""
+    remedies = {finding.remedy or "" for machine, *_ in CASES.values() for finding in diagnose(machine)}
+    commands = [shlex.split(remedy) for remedy in remedies if remedy.startswith("wanfast ")]
+    assert commands
+    for _, *words in commands:
+        arguments = build_parser().parse_args(words)
+        assert arguments.command == "doctor" or sources_of(arguments) != Sources()
 
 
 def test_newer_triton_is_well_where_there_is_no_ada() -> None:

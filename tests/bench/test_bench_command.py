@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 import wanfast
 from wanfast.__main__ import main
 from wanfast.bench import command, files, settle
-from wanfast.bench.case import Case
+from wanfast.bench.case import Case, plan_of
 from wanfast.bench.measure import Peak
 from wanfast.bench.rounds import Contender
 from wanfast.bench.schema import faults, report_schema
@@ -120,12 +121,36 @@ def test_the_paths_go_to_stdout_and_the_rest_to_stderr(played: Played, capsys: p
     assert run("bench", *SMALL, "-o", "out") == 0
     out, err = capsys.readouterr()
     assert out == "out/bench.json\nout/bench.md\n"
-    assert "run 8 of 8: diffusers" in err
+    assert re.search(r"^at least 0 s for all runs \(computed", err, re.MULTILINE)
+    assert re.search(r"^run 1 of 8: wanfast fp32$", err, re.MULTILINE)
+    assert re.search(r"^run 8 of 8: diffusers \(\d+ s so far\)$", err, re.MULTILINE)
     assert run("bench", *SMALL, "--json", "a.json", "--markdown", "b.md", "--quiet", "--runs", 1) == 0
     out, err = capsys.readouterr()
     assert (out, err) == ("a.json\nb.md\n", "")
     assert names() == {"out/bench.json", "out/bench.md", "a.json", "b.md"}
     assert json.loads(Path("a.json").read_text())["case"]["runs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3599, "60 min"), (5960, "99 min"), (5980, "1.7 h"), (9e4, "25.0 h")],
+)
+def test_durations_are_said_shortly(seconds: float, said: str) -> None:
+    assert settle.duration(seconds) == said
+
+
+def test_the_least_time_counts_each_engine_at_its_own_rate(played: Played) -> None:
+    """By hand: a forward's operations for every forward of every engine, and two padded prompts for diffusers."""
+    assert run("bench", *SMALL, "--tiers", "exact,fp32", "--runs", 2, "--warmup", 1, "-o", "out", "--quiet") == 0
+    case = played.cases[0]
+    rates = {torch.float32: Peak(1e9, "", "measured"), torch.bfloat16: Peak(4e9, "", "measured")}
+    dim, inner, ffn = case.config.text.dim, case.config.text.attention_dim, case.config.text.ffn_dim
+    matrices = 4 * dim * inner + 3 * dim * ffn
+    others = 2 * dim + case.config.text.num_buckets * case.config.text.num_heads  # two norms, and the positions' table
+    padded = 2 * 2 * case.config.text.num_layers * (matrices + others) * 512
+    forwards = 8 * plan_of(case).flops_per_forward  # 4 steps with guidance
+    want = 4 * (padded / 1e9 + forwards / 1e9 + forwards / 4e9 + forwards / 1e9)
+    assert settle.least_seconds(case, rates) == pytest.approx(want, rel=1e-9)
 
 
 def test_what_is_there_is_kept(played: Played, capsys: pytest.CaptureFixture[str]) -> None:

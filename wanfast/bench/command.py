@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -25,7 +26,7 @@ from wanfast.bench.official_engine import OfficialEngine, check_checkout
 from wanfast.bench.report import case_of, judge, make_report
 from wanfast.bench.rounds import Contender, Result, run_rounds
 from wanfast.bench.schema import faults, report_schema
-from wanfast.bench.settle import check_memory, notes, settle_case
+from wanfast.bench.settle import check_memory, duration, least_seconds, notes, settle_case
 from wanfast.bench.worker import Worker
 from wanfast.command_parts import note
 from wanfast.errors import MemoryBudgetError, RequestError
@@ -75,13 +76,21 @@ def run_case(
     """Run a settled case and make its report."""
     look = partial(look_around, ["wanfast", *arguments.words], case)
     about, peaks = look() if torch.device(case.device).type == "cpu" else apart(look)
+    least = duration(least_seconds(case, peaks))
+    note(arguments, f"at least {least} for all runs (computed: the largest products alone, at this device's best rate)")
+    began = time.monotonic()
+
+    def tell(name: str, done: int, total: int) -> None:
+        passed = f" ({duration(time.monotonic() - began)} so far)" if done else ""
+        note(arguments, f"run {done + 1} of {total}: {name}{passed}")
+
     with tempfile.TemporaryDirectory(prefix="wanfast-bench-") as folder:
         results = run_rounds(
             contenders_of(case, checkout, Path(folder)),
             draw_noise(plan_of(case))[0],
             runs=case.runs,
             warmup=case.warmup,
-            tell=lambda name, done, total: note(arguments, f"run {done + 1} of {total}: {name}"),
+            tell=tell,
         )
     _refuse_failure(results)
     report = make_report(case, results, peaks, about)

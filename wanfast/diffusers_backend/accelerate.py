@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from wanfast.config import ExpertName
-from wanfast.diffusers_backend.checks import check_module
+from wanfast.diffusers_backend.checks import check_module, check_whole
 from wanfast.diffusers_backend.experts import Experts, config_of
 from wanfast.diffusers_backend.transformer import WanFastTransformer3DModel
 from wanfast.diffusers_backend.vae import WanFastAutoencoder
@@ -47,6 +47,8 @@ def accelerate(
     experts = Experts(dict(zip(names, transformers.values(), strict=True)), precision, vram)
     for part, module in parts.items():
         check_module(part, module)
+        if type(module) in _FAST:
+            check_whole(part, module)
         if part in transformers:
             experts.check_fit(config_of(module), module.device)
     for name, module in zip(names, transformers.values(), strict=True):

@@ -1,6 +1,7 @@
 """What wanfast cannot honour in a diffusers module, refused by name."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -51,6 +52,42 @@ def has_hook(module: nn.Module) -> bool:
     )
 
 
+class NotCompiled:
+    """What torch.compile asks a module for before it wraps it; to trace wanfast's own code would take it minutes."""
+
+    def __get__(self, module: object, kind: type) -> NoReturn:
+        """Refuse, unless the class itself is looked at."""
+        if module is None:
+            raise AttributeError
+        raise RequestError(f"torch.compile: must not be called on an accelerated module; {REFUSED['compile']}")
+
+
+def check_whole(part: str, module: Any) -> None:
+    """Refuse a transformer or VAE whose own forward somebody has replaced, as scripts do that skip steps or blocks.
+
+    Args:
+        part: its name in the pipeline.
+        module: a diffusers model; a hook of accelerate's may stand before its forward.
+
+    Raises:
+        RequestError: it has another forward than its class, or its class another one than diffusers gave it.
+    """
+    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    is_class_own = own is None or (isinstance(own, MethodType) and own.__func__ is type(module).forward)
+    if not is_class_own or _is_patched(type(module), "forward"):
+        raise RequestError(
+            f"{part}: its forward must be diffusers' own, which wanfast computes, got another that was put in its"
+            " place; leave that out, or use diffusers without wanfast"
+        )
+
+
+def _is_patched(kind: type, name: str) -> bool:
+    """Whether a method comes from another package than the class that defines it."""
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    source = getattr(vars(owner)[name], "__globals__", {}).get("__name__", "")  # a wrapper cannot disguise these
+    return bool(source.partition(".")[0] != owner.__module__.partition(".")[0])
+
+
 def check_module(part: str, module: Any) -> None:
     """Refuse a transformer or VAE in which something hangs on the layers inside.
 
@@ -68,6 +105,12 @@ def check_module(part: str, module: Any) -> None:
         )
     if module.__dict__.get("_compiled_call_impl") is not None:
         raise RequestError(f"{part}: must not be compiled; {REFUSED['compile']}")
+    kinds = {type(child) for name, child in module.named_modules() if name}
+    if patched := sorted(kind.__name__ for kind in kinds if _is_patched(kind, "forward")):
+        raise RequestError(
+            f"{part}: its layers must compute as diffusers wrote them, got another forward put into {patched[0]}; leave"
+            " that out, or use diffusers without wanfast"
+        )
     for name, child in module.named_modules():
         if not name:
             continue
@@ -89,7 +132,8 @@ def _check_processor(part: str, name: str, processor: Any) -> None:
     backend = getattr(processor, "_attention_backend", None)
     kind = type(processor).__name__
     chosen = "native" if backend is None else str(getattr(backend, "value", backend))
-    if kind not in ("WanAttnProcessor", "WanAttnProcessor2_0") or chosen != "native":
+    is_own = kind in ("WanAttnProcessor", "WanAttnProcessor2_0") and not _is_patched(type(processor), "__call__")
+    if not is_own or chosen != "native":
         raise RequestError(
             f"{part}: {name} must have diffusers' own attention, got {kind} with the backend {chosen};"
             f" {REFUSED['set_attention_backend']}"

@@ -1,7 +1,7 @@
 """The transformers of a pipeline as wanfast's DiT reads them: from the modules that own their weights."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -35,7 +35,14 @@ class Expert:
     config: DiTConfig  # text_len is 0: a pipeline's prompts have any length
     outer: OuterWeights
     exact_blocks: Blocks  # the blocks in order, anew at each call; with 8-bit weights they compute in 16 bits
-    eight_bit: torch.dtype | None = None  # in which blocks multiply
+    eight_bit: torch.dtype | None  # in which blocks multiply
+    configs: dict[int, DiTConfig]  # by length of the text, those that were asked for
+
+    def config_for(self, text_len: int) -> DiTConfig:
+        """Let the text have as many rows as it has: diffusers attends to what it is given, unpadded."""
+        if text_len not in self.configs:
+            self.configs[text_len] = replace(self.config, text_len=text_len)
+        return self.configs[text_len]
 
     def blocks(self) -> Iterator[BlockWeights | PackedBlock]:
         """Give the blocks in order, as the expert's precision multiplies."""
@@ -56,6 +63,11 @@ class _Held:
     blocks: tuple[BlockWeights, ...]  # empty where each is cast or rounded as it is used
     eight_bit: torch.dtype | None
     rounded: dict[int, BlockWeights] = field(default_factory=dict)  # to 8 bits, as many as the host has room for
+    configs: dict[int, DiTConfig] = field(default_factory=dict)
+    ready: Expert | None = None  # where nothing of it depends on the forward: weights in place, no adapters
+
+    def expert(self, outer: OuterWeights, blocks: Blocks) -> Expert:
+        return Expert(self.config, outer, blocks, self.eight_bit, self.configs)
 
     def block(self, index: int) -> BlockWeights:
         if self.blocks:
@@ -141,14 +153,16 @@ class Experts:
         held = self._current(name)
         if not self.is_hosted:
             _check_device(held, device)
+            if held.ready is not None:
+                return held.ready
             outer, blocks = held.outer, held.blocks.__iter__
         else:
             outer, blocks = self._stream(name, held, device)
         adapter = self._adapter(name, held, lora_scale, device)
         if adapter is None:
-            return Expert(held.config, outer, blocks, self._eight_bit)
+            return held.expert(outer, blocks)
         attached: Blocks = lambda: map(attach, blocks(), adapter.blocks)  # noqa: E731
-        return Expert(held.config, attach(outer, adapter.outer), attached, self._eight_bit)
+        return held.expert(attach(outer, adapter.outer), attached)
 
     def release(self) -> None:
         """Let go what was brought to the device for a bound; the next forward brings it anew."""
@@ -183,7 +197,9 @@ class Experts:
         outer = load_outer(reader, config, dtype)
         blocks = tuple(load_block(reader, config, index, dtype) for index in indices)
         taken = frozenset() if self.is_hosted else _addresses((outer, blocks))
-        return _Held(Snapshot(module, taken), reader, config, dtype, outer, blocks, self._eight_bit)
+        held = _Held(Snapshot(module, taken), reader, config, dtype, outer, blocks, self._eight_bit)
+        is_settled = not self.is_hosted and not held.snapshot.has_adapters
+        return replace(held, ready=held.expert(outer, blocks.__iter__)) if is_settled else held
 
     def _stream(self, name: ExpertName, held: _Held, device: torch.device) -> tuple[OuterWeights, Blocks]:
         if self._residency is None or self._device != device:

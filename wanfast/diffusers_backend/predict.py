@@ -2,8 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,7 +46,7 @@ def _predict(
     experts: Experts, name: ExpertName, hidden: Tensor, timestep: Tensor, text: Tensor, lora_scale: float
 ) -> Tensor:
     expert = experts.open(name, hidden.device, lora_scale=lora_scale)
-    config = _with_text_len(expert.config, text.shape[1])
+    config = expert.config_for(text.shape[1])
     timesteps = split_timesteps(timestep, hidden, config)
 
     def predict(blocks: Callable[[], Iterator[BlockWeights | PackedBlock]]) -> Tensor:
@@ -71,12 +69,6 @@ def _predict(
     return predict(expert.exact_blocks)
 
 
-@lru_cache(maxsize=8)
-def _with_text_len(config: DiTConfig, text_len: int) -> DiTConfig:
-    """Let the text have as many rows as it has: diffusers attends to what it is given, unpadded."""
-    return replace(config, text_len=text_len)
-
-
 def split_timesteps(timestep: Tensor, hidden: Tensor, config: DiTConfig) -> list[Timesteps]:
     """Read the timestep of each sample, once for all where they agree.
 
@@ -92,25 +84,26 @@ def split_timesteps(timestep: Tensor, hidden: Tensor, config: DiTConfig) -> list
         RequestError: another shape, or more than one timestep in the first latent frame or in the others.
     """
     batch = hidden.shape[0]
-    frames, rows, columns = patch_grid(hidden, config)
-    per_frame = rows * columns
-    if tuple(timestep.shape) == (batch,):
+    if timestep.shape == (batch,):
         pairs: list[Timesteps] = [(None, value) for value in timestep.tolist()]
-    elif tuple(timestep.shape) == (batch, frames * per_frame):
-        pairs = _frame_timesteps(timestep, per_frame)
     else:
-        raise RequestError(
-            f"timestep: must be [{batch}] or [{batch}, {frames * per_frame}], one per sample or per token, got"
-            f" {list(timestep.shape)}"
-        )
-    return pairs[:1] if len(set(pairs)) == 1 else pairs
+        frames, rows, columns = patch_grid(hidden, config)
+        if timestep.shape != (batch, frames * rows * columns):
+            raise RequestError(
+                f"timestep: must be [{batch}] or [{batch}, {frames * rows * columns}], one per sample or per token, got"
+                f" {list(timestep.shape)}"
+            )
+        pairs = _frame_timesteps(timestep, rows * columns)
+    return pairs[:1] if batch == 1 or len(set(pairs)) == 1 else pairs
 
 
 def _frame_timesteps(timestep: Tensor, per_frame: int) -> list[Timesteps]:
     """Read [B, tokens] timesteps; a frame's lowest and highest say whether all of it is at one."""
-    extremes = torch.stack(timestep.reshape(len(timestep), -1, per_frame).aminmax(dim=2))  # [2, B, F]
+    extremes = timestep.reshape(len(timestep), -1, per_frame).aminmax(dim=2)  # two of [B, F]
+    # On a GPU they are waited for once.
+    both = torch.stack(tuple(extremes)).tolist() if timestep.is_cuda else [part.tolist() for part in extremes]
     pairs: list[Timesteps] = []
-    for lows, highs in zip(*extremes.tolist(), strict=True):
+    for lows, highs in zip(*both, strict=True):
         first, rest = lows[0], lows[-1]
         low, high = min(lows[1:], default=rest), max(highs[1:], default=rest)
         if first != highs[0] or low != high:

@@ -4,6 +4,7 @@ A pipeline's owner may move the module, load LoRAs into it, replace or write to 
 following every door that leads there, each forward compares the module with what it was.
 """
 
+import gc
 import sys
 from collections.abc import Iterator, Set
 from operator import attrgetter, is_
@@ -26,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Snapshot:
     """The identity of everything in a module that its output depends on."""
 
-    __slots__ = ("_blocks", "_counted", "_fields", "_layers", "_owners", "_tensors", "_values", "_were")
+    __slots__ = ("_blocks", "_counted", "_layers", "_tables", "_tensors", "_values", "_were")
 
     def __init__(self, module: nn.Module, taken: Set[int] = frozenset()) -> None:
         """Take it; no data is read.
@@ -35,12 +36,11 @@ class Snapshot:
             module: a transformer.
             taken: addresses of the data that is used where it is, so that writes to it need not be seen.
         """
-        # Every child and every parameter, as owner, name and value, in three lists that `is_current` walks in C.
+        # Every child and every parameter. What their tables refer to is asked of Python's garbage collector, which
+        # reads all of them in one call: between two forwards the caches go cold, and a look-up each takes far longer.
         tables = [table for owner in module.modules() for table in (owner._parameters, owner._modules)]
-        entries: list[tuple[Any, str, Any]] = [(table, name, table[name]) for table in tables for name in table]
-        self._owners = [owner for owner, _, _ in entries]
-        self._fields = [name for _, name, _ in entries]
-        self._values = [value for _, _, value in entries]
+        self._tables = [table for table in tables if table]
+        self._values = gc.get_referents(*self._tables)
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         copied = (tensor for tensor in self._tensors if tensor.data_ptr() not in taken)
         self._counted = [tensor for tensor in copied if not tensor.is_inference()]  # which count no writes
@@ -55,8 +55,10 @@ class Snapshot:
 
     def is_current(self) -> bool:
         """Whether the module is still the same; microseconds per block, so it can be asked before every forward."""
+        values = gc.get_referents(*self._tables)
         return (
-            all(map(is_, map(dict.get, self._owners, self._fields), self._values))
+            len(values) == len(self._values)
+            and all(map(is_, values, self._values))
             and self._contents() == self._were
             and not any(map(has_hook, self._blocks))
         )
@@ -65,6 +67,7 @@ class Snapshot:
         """Where each tensor's data is, which a cast or a move changes; writes to copied ones; settings of adapters."""
         return (
             list(map(Tensor.data_ptr, self._tensors)),
+            list(map(Tensor.is_contiguous, self._tensors)),  # a transposed matrix begins where it did
             list(map(attrgetter("_version"), self._counted)),
             list(map(_settings, self._layers)),
         )

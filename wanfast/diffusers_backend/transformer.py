@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from wanfast.config import ExpertName
-from wanfast.diffusers_backend.checks import REFUSED, check_module, refuse_gradient, refused
+from wanfast.diffusers_backend.checks import REFUSED, NotCompiled, check_module, refuse_gradient, refused
 from wanfast.diffusers_backend.experts import Experts, config_of
 from wanfast.diffusers_backend.predict import predict_sample
 from wanfast.diffusers_backend.single_file import read_single_file
@@ -32,6 +32,7 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
 
     _wanfast: tuple[Experts, ExpertName] | None = None
     _wanfast_device: torch.device | None = None  # where it computes, while its weights stay in host memory
+    _torchdynamo_orig_callable = NotCompiled()
 
     @property
     def _engine(self) -> tuple[Experts, ExpertName]:
@@ -125,15 +126,12 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
         """
         if encoder_hidden_states_image is not None:
             raise RequestError("encoder_hidden_states_image: must be None for Wan 2.2, got a tensor; leave it out")
-        refuse_gradient("hidden_states", hidden_states)
-        refuse_gradient("encoder_hidden_states", encoder_hidden_states)
-        kwargs = dict(attention_kwargs or {})
-        scale = kwargs.pop("scale", 1.0)
-        if kwargs:
-            raise RequestError(f"attention_kwargs: must hold nothing but scale, got {', '.join(map(str, kwargs))}")
-        sample = predict_sample(
-            *self._engine, hidden_states, timestep, encoder_hidden_states, lora_scale=1.0 if scale is None else scale
-        )
+        if torch.is_grad_enabled():
+            refuse_gradient("hidden_states", hidden_states)
+            refuse_gradient("encoder_hidden_states", encoder_hidden_states)
+        scale = _lora_scale(attention_kwargs) if attention_kwargs else 1.0
+        experts, name = self._engine
+        sample = predict_sample(experts, name, hidden_states, timestep, encoder_hidden_states, lora_scale=scale)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     @contextmanager
@@ -165,6 +163,15 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
     def cpu(self) -> "WanFastTransformer3DModel":
         """Move to the CPU, as `to` does."""
         return self.to(torch.device("cpu"))
+
+
+def _lora_scale(attention_kwargs: dict[str, Any]) -> float:
+    """Read the strength of all LoRAs, the one thing that may be asked of the attention."""
+    others = [str(name) for name in attention_kwargs if name != "scale"]
+    if others:
+        raise RequestError(f"attention_kwargs: must hold nothing but scale, got {', '.join(others)}")
+    scale: float | None = attention_kwargs["scale"]
+    return 1.0 if scale is None else scale
 
 
 for _name in REFUSED:

@@ -14,7 +14,7 @@ from torch import Tensor
 from wanfast.checkpoint.names import vae_from_diffusers, vae_version
 from wanfast.checkpoint.reader import Reader, memory_reader
 from wanfast.config import VAEConfig
-from wanfast.diffusers_backend.checks import REFUSED, check_module, refuse_gradient, refused
+from wanfast.diffusers_backend.checks import REFUSED, NotCompiled, check_module, refuse_gradient, refused
 from wanfast.diffusers_backend.experts import Experts
 from wanfast.vae.conv import prepare
 from wanfast.vae.decode import decode
@@ -32,6 +32,7 @@ class WanFastAutoencoder(_Base):  # type: ignore[misc]
     """
 
     _wanfast: Experts | None = None  # the pipeline's transformers
+    _torchdynamo_orig_callable = NotCompiled()
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
         refuse_gradient("z", z)
