@@ -143,7 +143,7 @@ def distill(folder: Path, name: str) -> bool:
         with torch.no_grad():
             for parameter_name, parameter in additions.named_parameters():
                 parameter.copy_(average.values[parameter_name])
-        target = folder / "checkpoint" / "lightning"
+        target = folder / "lightning"
         target.mkdir(parents=True, exist_ok=True)
         tensors = {key: tensor.bfloat16() for key, tensor in lightning_tensors(added).items()}
         save_file(tensors, target / f"{name}_model.safetensors", metadata={"format": "pt"})

@@ -3,6 +3,10 @@
 Usage: python export.py RUN_FOLDER CHECKPOINT_FOLDER
        python export.py RUN_FOLDER CHECKPOINT_FOLDER --task i2v
        python export.py RUN_FOLDER CHECKPOINT_FOLDER --task ti2v
+       python export.py RUN_FOLDER PACKAGE_FOLDER --package
+
+`--package` writes the folder of the wanfast package: text to video as the others read it, and what the siblings have of
+their own, their transformers in GGUF's Q8_0.
 
 The official layout has no place for the latents' statistics: every reader of it takes Wan's own. They are folded into
 the two 1 x 1 x 1 convolutions next to the latents instead, so that Wan's statistics become true of this VAE.
@@ -10,10 +14,12 @@ the two 1 x 1 x 1 convolutions next to the latents instead, so that Wan's statis
 
 import argparse
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from dit_model import EPS, FREQ_DIM, HEAD_DIM, TEXT_LEN
 from evaluate_vae import load_vae
@@ -24,6 +30,8 @@ from torch import Tensor
 from train_dit import load_average
 
 from wanfast.config import T2V_A14B, VAE_2_1, VAE_2_2, VAEConfig
+
+Write = Callable[[Mapping[str, Tensor], Path], None]  # tensors, and where but for the suffix
 
 DEFAULTS = {"width": 64, "height": 64, "num_frames": 17, "num_inference_steps": 40}
 
@@ -36,22 +44,78 @@ def export(run: Path, target: Path, task: str = "t2v") -> None:
         target: to write; may exist, its files of these names are replaced.
         task: "t2v", or "i2v" or "ti2v", whose transformers are in trainings of their own.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    name = "wan-tiny" if task == "t2v" else f"wan-tiny-{task}"
-    (target / "wanfast.json").write_text(json.dumps({"name": name, **DEFAULTS}, indent=1))
-    for training, folder in _transformers(task).items():
-        (target / folder).mkdir(exist_ok=True)
-        dit = _part(load_average(run, training), "dit.")
-        (target / folder / "config.json").write_text(json.dumps(official_config(dit, task), indent=1))
-        save_file(_rounded(dit), target / folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    export_transformers(run, target, task)
+    if task == "t2v" and (run / "lightning").is_dir():
+        shutil.copytree(run / "lightning", target / "lightning", dirs_exist_ok=True)
+    _write_defaults(target, task)
     text = _rounded(_part(load_average(run, "base"), "text."))
     torch.save(text, target / "models_t5_umt5-xxl-enc-bf16.pth")
-    row = VAE_2_2 if task == "ti2v" else VAE_2_1
-    vae = fold_statistics(load_vae(run, row.version).state_dict(), *load_statistics(run, row.version), row)
-    torch.save(_rounded(vae), target / f"Wan{row.version}_VAE.pth")
+    export_vae(run, target, VAE_2_2 if task == "ti2v" else VAE_2_1)
     tokenizer = target / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(tokenizer / "tokenizer.json"))
+
+
+def export_package(run: Path, target: Path) -> None:
+    """Write the built-in models: the siblings have the text encoder, and I2V the VAE, of text to video.
+
+    Args:
+        run: folder of the trainings; a sibling that was not trained is left out.
+        target: to write, as in `export`.
+    """
+    export(run, target / "t2v")
+    for task in ("i2v", "ti2v"):
+        if all((run / f"{training}.pt").exists() for training in _transformers(task)):
+            export_transformers(run, target / task, task, write=_write_q8_0)
+            _write_defaults(target / task, task)
+            if task == "ti2v":
+                export_vae(run, target / task, VAE_2_2)
+
+
+def export_transformers(run: Path, target: Path, task: str, write: Write | None = None) -> None:
+    """Write a task's transformers with their configs; in bf16, or as `write` does it."""
+    for training, folder in _transformers(task).items():
+        (target / folder).mkdir(parents=True, exist_ok=True)
+        dit = _part(load_average(run, training), "dit.")
+        (target / folder / "config.json").write_text(json.dumps(official_config(dit, task), indent=1))
+        (write or _write_bf16)(dit, target / folder / "diffusion_pytorch_model")
+
+
+def export_vae(run: Path, target: Path, row: VAEConfig) -> None:
+    """Write the VAE of a kind, in bf16, with Wan's own statistics."""
+    vae = fold_statistics(load_vae(run, row.version).state_dict(), *load_statistics(run, row.version), row)
+    torch.save(_rounded(vae), target / f"Wan{row.version}_VAE.pth")
+
+
+def _write_bf16(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file(_rounded(tensors), path.with_suffix(".safetensors"), metadata={"format": "pt"})
+
+
+def _write_q8_0(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """The blocks' matrices in Q8_0, vectors and modulation in fp32, the matrices around the blocks in bf16."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path.with_suffix(".gguf"), "wan")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, tensor in tensors.items():
+        values = tensor.detach().float().numpy()
+        is_matrix = tensor.dim() >= 2 and name.endswith(".weight")
+        kind = gguf.GGMLQuantizationType[("Q8_0" if name.startswith("blocks.") else "BF16") if is_matrix else "F32"]
+        packed = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name, packed if kind.name == "F32" else packed.view(np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_defaults(target: Path, task: str) -> None:
+    """What wanfast is to know: name, size, steps, and the LoRAs of a preset that are there."""
+    defaults: dict[str, Any] = {"name": "wan-tiny" if task == "t2v" else f"wan-tiny-{task}", **DEFAULTS}
+    loras = [f"lightning/{expert.name}_model.safetensors" for expert in T2V_A14B.experts]
+    if all((target / lora).exists() for lora in loras):
+        defaults["preset_loras"] = {"lightning4": loras}
+    (target / "wanfast.json").write_text(json.dumps(defaults, indent=1))
 
 
 def _transformers(task: str) -> dict[str, str]:
@@ -118,8 +182,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--task", choices=["t2v", "i2v", "ti2v"], default="t2v")
+    parser.add_argument("--package", action="store_true", help="the built-in models, all that were trained")
     options = parser.parse_args()
-    export(options.run, options.target, options.task)
+    if options.package:
+        export_package(options.run, options.target)
+    else:
+        export(options.run, options.target, options.task)
     size = sum(path.stat().st_size for path in options.target.rglob("*") if path.is_file())
     print(f"{options.target}: {size / 1e6:.1f} MB")
 

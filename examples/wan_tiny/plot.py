@@ -13,12 +13,19 @@ CURVES = {
     "base": "loss",
     "high_noise": "loss",
     "low_noise": "loss",
+    "i2v_high_noise": "loss",
+    "i2v_low_noise": "loss",
+    "lora_high_noise": "loss",
+    "lora_low_noise": "loss",
+    "vae22": "fit",
+    "ti2v": "loss",
 }
+_COLUMNS = 4
 _WIDTH, _HEIGHT, _MARGIN = 360, 240, 48
 _TICKS = 5
 
 
-def panel(name: str, column: str, rows: list[tuple[float, float]], left: int) -> str:
+def panel(name: str, column: str, rows: list[tuple[float, float]], number: int) -> str:
     """One curve with its axes: the value, logarithmic, over steps."""
     steps, values = [step for step, _ in rows], [max(value, 1e-9) for _, value in rows]
     low, high = math.log10(min(values)), math.log10(max(values))
@@ -37,8 +44,9 @@ def panel(name: str, column: str, rows: list[tuple[float, float]], left: int) ->
         marks.append(f'<text x="{_MARGIN - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
         marks.append(f'<line x1="{_MARGIN}" x2="{_WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         marks.append(f'<text x="{x:.1f}" y="{_HEIGHT - _MARGIN + 14}" text-anchor="middle">{step:.0f}</text>')
+    left, top = _WIDTH * (number % _COLUMNS), _HEIGHT * (number // _COLUMNS)
     return (
-        f'<g transform="translate({left} 0)"><text x="{_MARGIN}" y="16" font-weight="bold">{name}: {column}</text>'
+        f'<g transform="translate({left} {top})"><text x="{_MARGIN}" y="16" font-weight="bold">{name}: {column}</text>'
         f'{"".join(marks)}<polyline points="{points}" fill="none" stroke="#1f5fbf" stroke-width="1.5"/>'
         f'<text x="{_WIDTH // 2}" y="{_HEIGHT - _MARGIN + 30}" text-anchor="middle">step</text></g>'
     )
@@ -51,9 +59,10 @@ def draw(folder: Path) -> str:
         path = folder / f"{name}.csv"
         if path.exists():
             with path.open(newline="") as file:
-                rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file)]
-            panels.append(panel(name, column, rows, left=_WIDTH * len(panels)))
-    size = f'width="{_WIDTH * len(panels)}" height="{_HEIGHT}"'
+                values = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file)]
+            panels.append(panel(name, column, values, len(panels)))
+    rows = math.ceil(len(panels) / _COLUMNS)
+    size = f'width="{_WIDTH * min(len(panels), _COLUMNS)}" height="{_HEIGHT * rows}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="10">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(panels)}</svg>\n'

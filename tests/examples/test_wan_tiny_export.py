@@ -1,9 +1,11 @@
 """What the recipe exports is a checkpoint that wanfast opens, and it makes the clips that the recipe's networks do."""
 
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import distill
 import evaluate
 import latents
 import numpy as np
@@ -14,11 +16,12 @@ import train_i2v
 from dit_model import DiTSizes
 from evaluate import decode, load_model, sample
 from evaluate_vae import load_vae
-from export import export, fold_statistics
+from export import export, export_package, fold_statistics
 from judge_checkpoint import diffusers_engine, wanfast_engine
 from latents import load_statistics
 from optimizer import Both
 from plot import draw
+from safetensors.torch import save_file
 from torch import nn
 from train_dit import Model
 from train_vae import make_vae
@@ -94,6 +97,34 @@ def test_wanfast_shows_what_the_recipe_shows(run: Path, tmp_path: Path, monkeypa
     # Both round to bf16, at different places, which networks of random weights magnify.
     assert np.abs(got - clip).mean() < 0.03
     assert np.corrcoef(got.ravel(), clip.ravel())[0, 1] > 0.99
+
+
+def test_the_package_has_what_was_trained(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sibling is stored in 8 bits and takes VAE and text encoder from its neighbour; LoRAs go with their preset."""
+    trained = tmp_path / "run"
+    shutil.copytree(run, trained)
+    monkeypatch.setattr(train_i2v, "DiTSizes", lambda **sizes: replace(SMALL, **sizes))
+    for number, name in enumerate(("high_noise", "low_noise")):
+        model = shaken(train_i2v.make_model(train_dit.load_average(run, name)), 10 + number, 0.02)
+        parts = {"model": model, "optimizer": Both(model, (), 0.1, 0.1), "average": Average(model, 0.9)}
+        Run(trained, f"i2v_{name}", parts).train(0, lambda step: {})
+    (trained / "lightning").mkdir()
+    low_rank = distill.lightning_tensors(distill.add_low_rank(load_own(train_dit.load_average(run, "low_noise")).dit))
+    for name in ("high_noise", "low_noise"):
+        save_file(low_rank, trained / "lightning" / f"{name}_model.safetensors")
+    export_package(trained, tmp_path / "wan_tiny")
+    assert {path.name for path in (tmp_path / "wan_tiny").iterdir()} == {"t2v", "i2v"}
+    monkeypatch.setattr("wanfast.tiny.__file__", str(tmp_path / "tiny.py"))
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    asked = {"image": picture, "num_inference_steps": 3, "seed": 5}
+    got = wanfast.load("wan-tiny-i2v", device="cpu").generate(CAPTION, **asked)
+    assert (got.settings["model"], got.settings["model_path"]) == ("wan-tiny-i2v", "wan-tiny-i2v")
+    export(trained, tmp_path / "whole", "i2v")
+    want = wanfast.load(tmp_path / "whole", device="cpu").generate(CAPTION, **asked)
+    assert (got.frames.float() - want.frames.float()).abs().mean() < 2
+    assert np.corrcoef(got.frames.flatten(), want.frames.flatten())[0, 1] > 0.99
+    video = wanfast.load(device="cpu").generate(CAPTION, preset="lightning4", seed=5)
+    assert len(video.settings["loras"]) == 2
 
 
 def test_the_plot_has_a_curve_for_every_log(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_from_nothing_to_a_checkpoint(
         assert made.frames.shape == (17, 64, 64, 3)
 
     pipeline = wanfast.load(tmp_path / "checkpoint", device="cpu")
-    loras = [tmp_path / "checkpoint" / "lightning" / f"{name}_model.safetensors" for name in distill.GUIDANCE]
+    loras = [tmp_path / "lightning" / f"{name}_model.safetensors" for name in distill.GUIDANCE]
     video = pipeline.generate("a red circle moves left", preset="lightning4", loras=loras, seed=1)
     assert len(list(video.frames)) == 17
 
