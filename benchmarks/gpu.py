@@ -57,11 +57,14 @@ def parts() -> list[Part]:
         for kind, most in KINDS.items()
     ]
     recipes = _timing("test_recipes.py", "recipe")
+    residency = [sys.executable, "benchmarks/residency_gpu.py", "--json=run.json"]
     return [
         build,
         *timings[: len(KINDS)],
         Part("check", [sys.executable, "-m", *check], 120),
         Part("recipes", recipes, 60, True),
+        Part("residency steps", [*residency, "--only=link,steps", "--seconds=100"], 140, True),
+        Part("residency peaks", [*residency, "--only=peaks,peers", "--seconds=60"], 90, True),
         *timings[len(KINDS) :],
         Part("recipes as on Ada", recipes, 60, True, {"DISABLE_MMA_V3": "1"}),  # of Hopper: the model's other check
     ]

@@ -9,13 +9,14 @@ from blocks import make_block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wanfast.budget import Budget, gigabytes, make_budget
+from wanfast.budget import Budget, make_budget
 from wanfast.config import T2V_A14B, TI2V_5B
 from wanfast.errors import MemoryBudgetError
 from wanfast.fitting import refuse_what_cannot_fit
 from wanfast.host_memory import HOST_RESERVE_BYTES, kept_blocks
 from wanfast.plan import Plan, make_plan
 from wanfast.request import Request
+from wanfast.residency import gigabytes
 from wanfast.residency.moves import plan_moves
 from wanfast.residency.store import HostStore
 from wanfast.weight_sizes import WeightSizes, weight_sizes
@@ -218,4 +219,7 @@ def test_sizes_say_what_is_converted() -> None:
     assert (
         got["fp32", "fp32"].slot == got["fp32", "bf16"].slot == pytest.approx(2 * got["exact", "bf16"].slot, rel=0.01)
     )
-    assert got["exact", "fp32"] == replace(got["exact", "bf16"], is_mapped=False, loading=2 * got["exact", "bf16"].slot)
+    bf16, fp32 = got["exact", "bf16"], got["exact", "fp32"]
+    assert fp32 == replace(bf16, is_mapped=False, loading=2 * bf16.slot, file_block=fp32.file_block)
+    assert bf16.file_block == bf16.slot and fp32.file_block == pytest.approx(2 * bf16.file_block, rel=0.01)
+    assert got["int8", "bf16"].file_block == pytest.approx(2 * got["int8", "int8"].file_block, rel=0.02)

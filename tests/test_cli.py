@@ -72,7 +72,7 @@ def test_without_a_model_the_built_in_one_is_used(capsys: pytest.CaptureFixture[
     assert run("generate", "a red circle moves left", "--seed", 0, *SMALL, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["settings"]["model"] == "wan-tiny"
-    assert result["settings"]["model_path"] is None
+    assert result["settings"]["model_path"] == "wan-tiny"
     assert result["seed"] == 0
     assert set(result["seconds"]) == {"text", "steps", "decode", "total"}
     assert Path(result["path"]).stat().st_size > 0
@@ -83,7 +83,7 @@ def test_python_records_what_the_command_records(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 0}
-    assert wanfast.load().generate("a ball", **asked).settings["model_path"] is None
+    assert wanfast.load().generate("a ball", **asked).settings["model_path"] == "wan-tiny"
     Image.new("RGB", (40, 30), "red").save("a.png")
     made = wanfast.load(folders["i2v"]).generate("a ball", image="a.png", **asked)
     assert made.settings["image"]["path"] == str(tmp_path / "a.png")

@@ -55,6 +55,16 @@ def test_sigterm_while_decoding_leaves_nothing(tmp_path: Path) -> None:
     assert list(working.iterdir()) == []
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "wanfast", "plan", "a ball"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `head -0` does
+    told = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert told == ""
+
+
 def test_an_interrupt_during_the_imports_is_not_lost() -> None:
     """Some import swallows it: what the body does with the signal must not matter."""
     reached = []

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py loses nothing but the part that fails: here without a GPU, with parts that stand in for its own."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -75,9 +76,9 @@ def test_what_a_part_measured_is_merged_and_what_it_did_not_is_no_loss(gpu, tmp_
 
 def test_the_parts_are_there_and_fit_the_time_one_by_one(gpu):
     for one in gpu.parts():
-        assert 0 < one.seconds <= 120
+        assert 0 < one.seconds <= 140
         assert all((ROOT / name).exists() for name in one.command if name.endswith(".py") and "/" in name)
-    assert sum(one.records for one in gpu.parts()) == len(gpu.SIZES) * len(gpu.KINDS) + 2
+    assert sum(one.records for one in gpu.parts()) == len(gpu.SIZES) * len(gpu.KINDS) + 4
 
 
 def test_every_pair_is_of_a_kind_that_is_timed(gpu):
@@ -85,3 +86,49 @@ def test_every_pair_is_of_a_kind_that_is_timed(gpu):
 
     words = [kind.split(" or ") for kind in gpu.KINDS]
     assert [name for name in PAIRS if sum(any(word in name for word in kind) for kind in words) != 1] == []
+
+
+SECTIONS = {
+    "link": r"link",
+    "steps": r"(step|switch step) (int8|exact) (480p|720p)",
+    "peaks": r"peak int8 720p (24|16|12|8) GB",
+    "peers": r"few blocks bf16 480p, (wanfast|diffusers)",
+}
+
+
+def test_the_residency_part_runs_up_to_cuda_itself_and_is_recorded(gpu, tmp_path):
+    """Tiny shapes, and a GPU that is played: streams, pinned memory and the clock are not CUDA's, all else is."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "residency_gpu.py"), "--small", "--seconds=2"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    one = gpu.Part("residency", [*command, "--json", str(tmp_path / "run.json")], 300, True, environment)
+    assert gpu.run(one, ROOT, 300).startswith("residency: done")
+    results = tmp_path / "results.json"
+    gpu.record(tmp_path, results)
+    entries = {entry["name"]: entry for entry in json.loads(results.read_text())["benchmarks"]}
+    for pattern in SECTIONS.values():
+        assert any(re.match(pattern, name) for name in entries)
+    assert all(any(re.match(pattern, name) for pattern in SECTIONS.values()) for name in entries)
+    assert entries["step int8 480p 2-slots"]["extra_info"]["slots"] == 2
+    assert entries["step int8 480p resident"]["extra_info"]["over_resident"] == 1
+    assert all(entry["seconds"]["median"] > 0 for name, entry in entries.items())
+    assert not any("error" in entry["extra_info"] or "diffusers" in entry["extra_info"] for entry in entries.values())
+    assert {entry["file"] for entry in entries.values()} == {"benchmarks/residency_gpu.py"}
+
+
+def test_a_section_that_fails_costs_its_own(monkeypatch, tmp_path, capsys):
+    import residency_gpu
+
+    monkeypatch.setattr(residency_gpu, "play", lambda: None)
+
+    def fail(bench):
+        bench.note("before", [1.0])
+        raise RuntimeError("no such thing")
+
+    sections = {"one": fail, "other": lambda bench: bench.note("after", [2.0])}
+    monkeypatch.setattr(residency_gpu, "SECTIONS", sections)
+    assert residency_gpu.main(["--small", "--only=one,other", "--json", str(tmp_path / "run.json")]) == 1
+    assert "failed: one" in capsys.readouterr().out
+    names = [entry["name"] for entry in json.loads((tmp_path / "run.json").read_text())["benchmarks"]]
+    assert names == ["before", "after"]
+    with pytest.raises(SystemExit):
+        residency_gpu.main(["--small", "--only=nothing"])

@@ -195,7 +195,7 @@ def test_a_decoder_has_room_beside_the_blocks_where_both_fit(monkeypatch: pytest
     """A GPU is pretended: only the arithmetic is run."""
     pipeline = load(3)
     loaded, plan = pipeline.loaded, replace(plans(pipeline, ["a"])[0], device="cuda")
-    sizes = forecast.sizes_of(loaded)
+    sizes = forecast.sizes_of(loaded, loaded.precision)
     whole = forecast.make_budget(loaded.config, plan, sizes, vram=None)
     decode = next(stage for stage in whole.stages if stage.name == "decode")
     together = decode.total + 2 * BLOCKS * sizes.slot + 2 * sizes.outer

@@ -124,6 +124,15 @@ def test_files_are_planned_for_this_machine_or_a_card(capsys: pytest.CaptureFixt
     assert "stored: must not be given for files" in capsys.readouterr().err
 
 
+def test_without_a_model_the_first_lines_say_which_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("plan", "a ball", "--device", "cpu") == 0
+    first, second, blank, *page = capsys.readouterr().out.splitlines()
+    assert first.startswith("wan-tiny") and "no --model" in first and "wanfast plan --model t2v-a14b" in second
+    assert blank == "" and page[0].startswith("model ") and max(map(len, (first, second))) <= 120
+    assert _run(*LINE) == 0
+    assert "wan-tiny" not in capsys.readouterr().out
+
+
 def test_loras_are_counted_with_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layers = loras.linear_layers(wanfast.load().loaded.config.dit)
     factors = loras.random_factors(layers)

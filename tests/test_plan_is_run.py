@@ -29,12 +29,12 @@ def budget_of(pipeline: wanfast.Pipeline) -> Budget:
     return budget_here(pipeline.loaded, pipeline.plan(wanfast.Request("a", **SMALL)))
 
 
-@pytest.mark.parametrize("slots", [None, 0, 2.5, 3, 4, 9])
+@pytest.mark.parametrize("slots", [None, 2, 2.5, 3, 4, 9])
 @pytest.mark.parametrize("precision", ["fp32", "exact"])
 def test_a_cpu_has_the_slots_of_the_plan_or_none(slots: float | None, precision: str) -> None:
     """wan-tiny has four blocks in each of two experts."""
     size = load(precision=precision).loaded.block_bytes
-    pipeline = load(precision=precision, vram=None if slots is None else max(1, int(slots * size)))
+    pipeline = load(precision=precision, vram=None if slots is None else int(slots * size))
     budget = budget_of(pipeline)
     pipeline.generate("a", output="latents", **SMALL)
     residency = pipeline.loaded._residency
@@ -46,6 +46,17 @@ def test_a_cpu_has_the_slots_of_the_plan_or_none(slots: float | None, precision:
     if budget.is_in_place and precision == "exact":
         held = budget.stages[1].items["blocks of an expert"]
     assert pipeline.loaded.host_bytes == pytest.approx(held, rel=0.05, abs=30_000)  # vectors that a file has in 16 bits
+
+
+@pytest.mark.parametrize("missing", [1, 10**6])
+def test_less_than_two_slots_on_a_cpu_are_refused(missing: int, capsys: pytest.CaptureFixture[str]) -> None:
+    size = load().loaded.block_bytes
+    with pytest.raises(MemoryBudgetError, match=rf"^vram: must hold 2 blocks of .* on a CPU, got .*; try {2 * size} "):
+        load(vram=2 * size - missing).generate("a", **SMALL)
+    line = ["plan", "a", "--model", str(random_folder()), "--device", "cpu", "--vram"]
+    assert main([*line, str(2 * size - missing)]) == 1
+    assert "vram: must hold 2 blocks" in capsys.readouterr().err
+    assert main([*line, str(2 * size)]) == 0
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 4])
@@ -125,7 +136,7 @@ def test_loras_are_held_to_memory_before_anything_is_loaded(tmp_path: Path) -> N
     [
         ([], "used where they lie in their files, one expert after the other"),
         (["--precision", "exact"], "made once and stay, of one expert at a time"),
-        (["--vram", "1"], "--vram is less than an expert: its blocks of 3.17 MB"),
+        (["--vram", "8MB"], "--vram is less than an expert: its blocks of 3.17 MB"),
     ],
     ids=str,
 )

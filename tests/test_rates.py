@@ -135,7 +135,7 @@ def test_a_run_through_slots_tells_how_long_it_waited(monkeypatch: pytest.Monkey
     monkeypatch.setattr(HostSlots, "fill", slowly)
     clocks: list[StageClock] = []
     monkeypatch.setattr("wanfast.generation.note_rates", lambda config, plan, clock: clocks.append(clock))
-    pipeline = wanfast.load(device="cpu", vram=1)
+    pipeline = wanfast.load(device="cpu", vram="8MB")
     began = time.perf_counter()
     pipeline.generate("a ball", width=32, height=32, num_frames=1, num_inference_steps=3)
     took = time.perf_counter() - began

@@ -87,6 +87,7 @@ WRONG: dict[tuple[Any, ...], tuple[Any, ...]] = {
     ("request", "solver"): (..., None, "other", ["unipc"]),
     ("request", "seed"): (..., None, -1, 1.0, True),
     ("request", "fps"): (..., None, "16"),
+    ("request", "attention_density"): (None, "0.5", True, float("nan")),
     ("request", "more"): (1,),
 }
 
@@ -99,6 +100,12 @@ def test_a_field_that_is_missing_or_of_another_type_is_refused_by_name(path: tup
         message = str(caught.value)
         assert message.startswith("a.mp4: its settings ") and "\n" not in message and len(message) < 400
         assert str(path[-1] if path[-1] != "more" else path[0]) in message
+
+
+def test_a_clip_from_before_there_was_sparse_attention_is_dense() -> None:
+    assert read_recorded(settings(), "a.mp4").request.attention_density == 1
+    older = read_recorded(damaged(("request", "attention_density"), ...), "a.mp4")
+    assert make_plan(T2V_A14B, older.request, precision="fp32").attention_density == 1
 
 
 def test_a_clip_from_the_caller_s_own_latents_cannot_be_repeated() -> None:

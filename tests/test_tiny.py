@@ -1,4 +1,4 @@
-"""The model in the box shows what a prompt asks for, through the command, the library and diffusers."""
+"""The models in the box show what a prompt asks for, through the command, the library and diffusers."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
+from reference.tiny import diffusers_pipeline
 from safetensors.torch import load_file
 
 import wanfast
 from wanfast.__main__ import main
+from wanfast.config import DEFAULT_NEGATIVE_PROMPT
 from wanfast.errors import CheckpointError
-from wanfast.judge import judge
-from wanfast.tiny import tiny_folder
-from wanfast.video import read_video
+from wanfast.judge import BACKGROUNDS, COLOURS, judge
+from wanfast.model import open_model
+from wanfast.tiny import NAME, tiny_folder
+from wanfast.video import read_settings, read_video
 
 CAPTIONS = (
     "a red circle moves left",
@@ -38,10 +42,49 @@ def test_the_command_shows_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert judge(read_video(clip).numpy().astype(np.float32) / 255, "a blue square moves right").follows
 
 
+def test_a_picture_moves_as_its_caption_says(tmp_path: Path) -> None:
+    """Without a model's name, the built-in one that takes pictures is used."""
+    caption = "a red circle moves right on a gray background"
+    picture = Image.new("RGB", (256, 256), tuple(round(255 * value) for value in BACKGROUNDS["gray"]))
+    red = tuple(round(255 * value) for value in COLOURS["red"])
+    ImageDraw.Draw(picture).ellipse((50, 90, 120, 160), fill=red)
+    picture = picture.resize((64, 64), Image.Resampling.BOX)
+    picture.save(tmp_path / "picture.png")
+    words = ["generate", caption, "--image", str(tmp_path / "picture.png"), "--seed", "2", "--quiet"]
+    assert main([*words, "-o", str(tmp_path / "clip.mp4")]) == 0
+    assert read_settings(tmp_path / "clip.mp4")["model"] == "wan-tiny-i2v"
+    video = read_video(tmp_path / "clip.mp4").numpy().astype(np.float32) / 255
+    verdict = judge(video, caption)
+    assert verdict.follows and verdict.count
+    error = np.square(video[0] - np.asarray(picture, dtype=np.float32) / 255).mean()
+    assert -10 * np.log10(error) > 24  # its VAE gives clips back at 31 to 33 dB
+
+
+def test_diffusers_makes_the_same_clip_of_it() -> None:
+    noise = torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = wanfast.load(device="cpu", precision="fp32").generate(CAPTIONS[0], num_inference_steps=6, latents=noise)
+    pipeline = diffusers_pipeline(open_model(NAME))
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 6, "output_type": "np"}
+    guidance = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    theirs = pipeline(CAPTIONS[0], DEFAULT_NEGATIVE_PROMPT, latents=noise[None], **asked, **guidance).frames[0]
+    assert np.abs(ours.frames.numpy() - np.trunc(theirs * 255.0)).max() <= 1
+
+
+def test_verify_asks_it_where_no_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", "--captions", "2", "--tiers", "int8", "--steps", "20", "--json", "--quiet", "--device", "cpu"]
+    assert main(words) == 0
+    exact, eight = json.loads(capsys.readouterr().out)
+    assert exact["following"]["follows"] == eight["following"]["follows"] == 1
+    assert 30 < eight["psnr"] < 60
+
+
 def test_it_is_small_and_says_what_it_is() -> None:
     folder = tiny_folder()
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     assert sum(sizes) <= 25_000_000
+    siblings = [path.stat().st_size for path in (folder.parent / "i2v").rglob("*") if path.is_file()]
+    assert sum(siblings) <= 25_000_000
     assert (folder.parent / "README.md").is_file()
     for expert in ("high_noise", "low_noise"):
         tensors = load_file(folder / f"{expert}_model" / "diffusion_pytorch_model.safetensors")

@@ -6,6 +6,7 @@ The result goes to stdout, everything else to stderr. Exit codes: 0 done, 1 fail
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -64,6 +65,11 @@ def _run(command: Callable[[argparse.Namespace], None], arguments: argparse.Name
     try:
         with _warnings_on_stderr():
             command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # or Python writes there again as it ends
+        return 141
     except (RequestError, CheckpointError, MediaError, MemoryBudgetError, NumericsError) as error:
         told = " ".join(str(error).splitlines())
         # A file can hold a name with any characters: those that steer a terminal are spelled out.

@@ -47,6 +47,7 @@ _REQUEST_ARGUMENTS = (
     "solver",
     "seed",
     "fps",
+    "attention_density",
 )
 
 
@@ -124,6 +125,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     precisions = ("auto", "fp32", "exact", "fp8", "int8")
     says = "exact: bf16 where the reference has it; fp8, int8: the DiT multiplies in 8 bits, faster and less exact"
     add("--precision", choices=precisions, default="auto", help=says)
+    says = "share of the keys, by blocks, that tokens attend to after the first steps: 1 is all; a GPU saves the rest"
+    add("--attention-density", type=float, metavar="D", help=says)
     _add_device_arguments(parser)
     _add_output_arguments(parser, save_alias=True)
     _add_preview_argument(parser)
@@ -137,7 +140,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", "--ckpt-dir", metavar="PATH", help="model folder or file, t2v-a14b, or Hub id; default: a tiny one")
+    says = "model folder or file, t2v-a14b, or Hub id; default: the built-in wan-tiny, with a picture wan-tiny-i2v"
+    add("--model", "--ckpt-dir", metavar="PATH", help=says)
     add("--high", metavar="PATH", help="file or folder of the high-noise expert, instead of --model")
     add("--low", metavar="PATH", help="of the low-noise expert; default: the one named like the other")
     add("--vae", metavar="FILE", help="the VAE; default: the model's own, or one near its files")
@@ -175,7 +179,11 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
     add("--random", action="store_true", help="random weights in the sizes of --model: speed alone, no checkpoint")
     add("--tiny", action="store_true", help="wan-tiny, or with --model one of its family as small; runs anywhere")
-    add("--tiers", metavar="NAMES", help="precisions, presets or PRECISION+PRESET, by commas: exact,fp32,lightning4")
+    add(
+        "--tiers",
+        metavar="NAMES",
+        help="precisions, presets, densities or sums of them, by commas: exact,int8+density0.5",
+    )
     add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
     add("--image", metavar="FILE", help="first frame; default, where the model needs one: a drawn one")
     add("--size", metavar="WxH", help="pixels, such as 832x480, or 480p, 720p")
@@ -201,14 +209,14 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fail-if-slower", action="store_true", help="exit code 1 if one is")
     add("--fail-if-different", action="store_true", help="exit code 1 if a video differs more from the reference's")
     add("--quiet", action="store_true", help="no progress, no notes")
-    parser.set_defaults(task=None, fps=None)
+    parser.set_defaults(task=None, fps=None, attention_density=None)
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--suite", choices=("tiny",), default="tiny", help="tiny: captions for a trained wan-tiny, judged by pixels")
     _add_model_arguments(parser)
-    says = "precisions, presets or PRECISION+PRESET, by commas; each is compared with exact"
+    says = "precisions, presets, densities or sums like int8+density0.5, by commas; each is compared with exact"
     add("--tiers", default="fp32,int8,fp8", metavar="NAMES", help=f"{says}; default: fp32,int8,fp8")
     _add_step_arguments(parser)
     add("--lora", action="append", default=[], metavar="FILE[:S][@E]", help="of the tiers, not of exact")

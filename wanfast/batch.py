@@ -100,6 +100,7 @@ def generate_batch(
         _budget(model, clip)  # what cannot fit is known before anything is computed
     groups = _groups(clips)
     for number, group in enumerate(groups):
+        model.compute_in(group[0].job.plan.precision)
         _encode(model, clips[group[0].index :], len(group), tell(group[0].index))
         _begin(model, group, tell)
         _denoise_by_phase(model, group, tell)
@@ -112,13 +113,14 @@ def generate_batch(
 
 
 def _groups(clips: Sequence[_Clip]) -> list[list[_Clip]]:
-    """Split clips, in order, into groups that can wait in host memory together."""
+    """Split clips, in order, into groups that can wait in host memory together and compute in one precision."""
     groups: list[list[_Clip]] = []
     room = 0
     for clip in clips:
         # fp32 latents, two predictions and what the last step started from; pictures as much again at most.
         needed = 8 * 4 * math.prod(clip.job.plan.latent_shape)
-        if needed > room or not groups:
+        is_another = bool(groups) and clip.job.plan.precision != groups[-1][0].job.plan.precision
+        if needed > room or not groups or is_another:
             groups.append([])
             room = GROUP_BYTES
         groups[-1].append(clip)
@@ -250,7 +252,7 @@ def _weights_coming(
 
     They go to the device where the decoder leaves them their room there, else as far as host memory.
     """
-    unfailed = [clip for clip in following if clip.error is None]
+    unfailed = [clip for clip in following if clip.error is None and clip.job.plan.precision == model.precision]
     # A pass for each step, where they are settled later: what counts is which blocks are needed soonest.
     experts = [one.name for one in model.config.experts for clip in unfailed for _ in _steps_of(clip, one.name)]
     decoded = [clip.job for clip in group if clip.error is None]

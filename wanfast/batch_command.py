@@ -20,8 +20,8 @@ from wanfast.generation import Inputs
 from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
 from wanfast.locks import lock_file
-from wanfast.lora import Lora, describe_lora, open_loras, parse_lora
-from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
+from wanfast.lora import Lora, describe_lora, parse_lora
+from wanfast.pipeline import open_loaded, open_loras_for, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan, request_of
 from wanfast.progress import Progress
 from wanfast.prompt_file import PromptLine, read_prompts
@@ -67,7 +67,7 @@ def make_batch(arguments: argparse.Namespace) -> None:
         ram=arguments.ram,
         device=arguments.device,
     )
-    loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
+    loras = open_loras_for(model.model, specs, arguments.preset, merge=arguments.merge_loras)
     with _held(folder):
         _make_clips(arguments, model, lines, folder, loras)
 

@@ -18,6 +18,7 @@ from wanfast.dit.memory import (
     kept_text_bytes,
 )
 from wanfast.host_memory import HOST_RESERVE_BYTES, around_kept, clip_bytes, kept_blocks, passes_of, pixel_bytes
+from wanfast.kernels import choosing_bytes
 from wanfast.plan import EIGHT_BIT, Plan
 from wanfast.residency.residency import MIN_SLOTS
 from wanfast.text.memory import text_activations
@@ -28,8 +29,8 @@ from wanfast.weight_sizes import WeightSizes
 
 DRIVER_BYTES = 600_000_000  # of a GPU: CUDA's context, loaded kernels, workspaces of cuBLAS
 _FP32 = 4
-_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
-_SOLVER_TENSORS = 6  # latents, noise, velocities and a solver's history, of the latents' size
+_SOLVER_TENSORS = {1: 1, 2: 5}  # by steps: latents, and from the second step on what a solver goes by
+_SOLVER_TENSORS_AT_MOST = 6  # latents, those before the step, velocities and a solver's history
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Budget:
     host_room: int | None = None  # bytes of host memory for blocks, beside slots; None: as much as is useful
     host_missing: int = 0  # bytes of blocks that are used again and for which the host has no room
     clip_bytes: int = 0  # of a clip that waits for others, on the host
+    slots_limit: int | None = None  # on a CPU: bytes that slots may take; None: as many as are useful
 
     @property
     def peak(self) -> Stage:
@@ -90,9 +92,14 @@ class Budget:
         return self.host_limit is None or sum(self.host.values()) <= self.host_limit
 
     @property
+    def fits_slots(self) -> bool:
+        """Whether the fewest slots there can be are within what a CPU may take for them."""
+        return self.slots_limit is None or self.num_slots * self.slot_bytes <= self.slots_limit
+
+    @property
     def fits(self) -> bool:
         """Whether all of it is within the limits."""
-        return self.fits_device and self.fits_host
+        return self.fits_device and self.fits_host and self.fits_slots
 
     @property
     def is_resident(self) -> bool:
@@ -222,6 +229,7 @@ def _on_the_host(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int 
         host_room=room,
         host_missing=max(0, needed - held),
         clip_bytes=clip_bytes(plan),
+        slots_limit=None if is_in_place else vram,
     )
 
 
@@ -329,16 +337,6 @@ def _decode_items(config: ModelConfig, plan: Plan, sizes: WeightSizes, num_tiles
     return _standing(plan) | weights | _vae_items(activations) | waiting
 
 
-def gigabytes(size: int) -> str:
-    """Write an amount of memory as people read it: gigabytes for all that is of weight beside a model."""
-    if size < 1000:
-        return f"{size} bytes"
-    for limit, unit in ((10**6, "kB"), (10**7, "MB"), (10**12, "GB"), (10**15, "TB")):
-        if size < limit:
-            return f"{size / _UNITS[unit]:.2f} {unit}"
-    return f"{size / _UNITS['PB']:,.2f} PB"
-
-
 def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
     """What stays from one stage to the next."""
     contexts = 2 * config.dit.text_len * config.dit.text_dim * _itemsize(plan)
@@ -348,7 +346,9 @@ def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
         per_channel = latents // plan.latent_shape[0]
         is_whole = plan.task == "i2v"
         condition = (config.dit.in_channels - config.dit.out_channels) * per_channel if is_whole else latents
-    return {"encoded prompts": contexts, "latents and solver": _SOLVER_TENSORS * latents, "picture": condition}
+    is_short = plan.precision not in EIGHT_BIT  # whose references are counted a tensor short: there it makes up for it
+    tensors = _SOLVER_TENSORS.get(len(plan.steps) if is_short else 0, _SOLVER_TENSORS_AT_MOST)
+    return {"encoded prompts": contexts, "latents and solver": tensors * latents, "picture": condition}
 
 
 def _step_items(config: ModelConfig, plan: Plan, chunking: Chunking, sizes: WeightSizes) -> dict[str, int]:
@@ -358,7 +358,13 @@ def _step_items(config: ModelConfig, plan: Plan, chunking: Chunking, sizes: Weig
     if plan.precision in EIGHT_BIT:
         on_a_cpu = partial(dit_activations_8bit_reference, is_int8=plan.precision == "int8")
         count = dit_activations_8bit if _on_gpu(plan) else on_a_cpu
-    return {"keys and values of the text": kept} | count(
+    items = {"keys and values of the text": kept}
+    if plan.attention_density < 1:
+        sizes_of_heads = {"heads": config.dit.num_heads, "head_dim": config.dit.head_dim}
+        items["lists of blocks"] = choosing_bytes(
+            **sizes_of_heads, tokens=plan.num_tokens, density=plan.attention_density
+        )
+    return items | count(
         config.dit,
         num_tokens=plan.num_tokens,
         num_contexts=1 if chunking.in_turn else num_contexts,

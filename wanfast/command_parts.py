@@ -20,11 +20,20 @@ from wanfast.presets import apply_preset
 from wanfast.preview import PreviewWriter, check_preview
 from wanfast.request import Request, parse_size
 from wanfast.run_state import FileMark, RunKeeper
+from wanfast.tiny import IMAGE_NAME, NAME
 
 
 def sources_of(arguments: argparse.Namespace) -> Sources:
     """Pick from a parsed line what names the model's files."""
     return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
+
+
+def usual_sources(arguments: argparse.Namespace) -> Sources:
+    """The same, or where nothing is named the built-in model, for a picture the one that takes pictures."""
+    sources = sources_of(arguments)
+    if sources != Sources():
+        return sources
+    return Sources(model=NAME if arguments.image is None else IMAGE_NAME)
 
 
 def request_for(arguments: argparse.Namespace, config: ModelConfig, image: Image.Image | None) -> Request:

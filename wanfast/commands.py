@@ -11,7 +11,7 @@ from typing import cast
 
 from wanfast.batch_command import make_batch
 from wanfast.checkpoint.lookup import Sources
-from wanfast.command_parts import absolute, kept_on_disk, note, previewing, request_for, sources_of
+from wanfast.command_parts import absolute, kept_on_disk, note, previewing, request_for, sources_of, usual_sources
 from wanfast.convert import convert_model
 from wanfast.doctor import diagnose, findings_to_dict, format_findings, probe
 from wanfast.errors import RequestError
@@ -20,7 +20,7 @@ from wanfast.images import load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec, Target, describe_lora, file_digest, open_loras, parse_lora
 from wanfast.model import open_model
-from wanfast.pipeline import open_loaded, plan_for, settings_for, warn_of_preset
+from wanfast.pipeline import open_loaded, open_loras_for, plan_for, settings_for, warn_of_preset
 from wanfast.plan import Plan
 from wanfast.plan_command import show_plan
 from wanfast.preview import check_preview
@@ -39,13 +39,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         check_preview(arguments.preview)
     image = load_image(arguments.image) if arguments.image else None
     specs = [parse_lora(text) for text in arguments.lora]  # before a model is looked for, which may take a download
-    sources = sources_of(arguments)
-    if arguments.task is not None and sources == Sources():
+    if arguments.task is not None and sources_of(arguments) == Sources():
         raise RequestError(f"model: must be given with --task, got none; add --model {arguments.task.lower()}")
     model = open_loaded(
-        sources, precision=arguments.precision, vram=arguments.vram, ram=arguments.ram, device=arguments.device
+        usual_sources(arguments),
+        precision=arguments.precision,
+        vram=arguments.vram,
+        ram=arguments.ram,
+        device=arguments.device,
     )
-    loras = open_loras(specs, model.config, model.model.experts, merge=arguments.merge_loras)
+    loras = open_loras_for(model.model, specs, arguments.preset, merge=arguments.merge_loras)
     plan = plan_for(model, request_for(arguments, model.config, image), loras)
     note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
@@ -127,7 +130,8 @@ def _repeat(arguments: argparse.Namespace, recorded: Recorded, run: StoredRun | 
         raise RequestError(f"model: must be {recorded.model}, which the clip was made with, got {model.config.name}")
     if run is not None and (changed := changed_file(run.files, mark_files(model.model.readers))) is not None:
         raise RequestError(f"model: must be as it was when the run was begun, got {changed}, which has changed since")
-    loras = open_loras(_specs_again(recorded.loras, arguments.lora), model.config, model.model.experts)
+    files = [*arguments.lora, *(str(file) for files in model.model.preset_loras.values() for file in files)]
+    loras = open_loras(_specs_again(recorded.loras, files), model.config, model.model.experts)
     plan = plan_for(model, recorded.request, loras)
     inputs = Inputs(image=image, loras=loras, state=None if run is None else run.state)
     _make(arguments, model, plan, inputs, None if image is None else absolute(image_path))

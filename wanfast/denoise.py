@@ -13,18 +13,18 @@ from functools import partial
 
 from torch import Tensor
 
-from wanfast.budget import gigabytes
 from wanfast.config import ExpertName
 from wanfast.dit.chunking import Chunking, leaner
 from wanfast.dit.condition import keep_first_frame
 from wanfast.dit.model import patch_grid, predict_velocities
 from wanfast.dit.text import TextMemory
+from wanfast.dit.token_order import token_order
 from wanfast.errors import MemoryBudgetError, NumericsError
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.plan import EIGHT_BIT, Plan
-from wanfast.residency import free_memory
+from wanfast.residency import free_memory, gigabytes
 from wanfast.rope import rope_rotations
 from wanfast.run_state import RunState, map_state
 from wanfast.solvers import History, Step, take_step
@@ -61,7 +61,8 @@ class _Run:
     model: LoadedModel
     plan: Plan
     conditions: Conditions
-    rotations: Tensor  # of `rope_rotations`, on the device
+    order: Tensor | None  # of `token_order`, where there are steps with sparse attention; on the device
+    rotations: Tensor  # of `rope_rotations`, in that order, on the device
 
     @property
     def first_frame(self) -> Tensor | None:
@@ -114,8 +115,11 @@ def denoise(
         CheckpointError: a block cannot be read, or a file of the model was written to meanwhile.
     """
     state, dit = map_state(start, model.device), model.config.dit
-    rotations = rope_rotations(patch_grid(state.latents, dit), dit.head_dim).to(model.device)
-    run = _Run(model=model, plan=plan, conditions=conditions, rotations=rotations)
+    rotations, order = rope_rotations(patch_grid(state.latents, dit), dit.head_dim), None
+    if plan.attention_density < 1:  # dense steps have the same order: to them it makes no difference
+        order = token_order(patch_grid(state.latents, dit))
+        rotations, order = rotations[order], order.to(model.device)
+    run = _Run(model=model, plan=plan, conditions=conditions, order=order, rotations=rotations.to(model.device))
     state = replace(state, latents=keep_first_frame(state.latents, run.first_frame))
     text_memories: dict[ExpertName, TextMemory] = {}
     left = tuple(stretches)
@@ -219,6 +223,8 @@ def _velocities(
             text_memory=memory,
             chunk_tokens=chunking.tokens,
             rotations=run.rotations,
+            order=run.order,
+            attention_density=plan.density_of(step),
         )
     return velocities
 

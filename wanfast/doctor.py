@@ -188,7 +188,7 @@ def _memory_finding(machine: Machine) -> Finding:
         about="memory",
         status="note",
         says=f"{says}; blocks of a larger model are read from the disk in every step",
-        remedy="wanfast convert --precision int8",
+        remedy="wanfast convert --model t2v-a14b --precision int8",
     )
 
 

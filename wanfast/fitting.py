@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from wanfast.budget import Budget, gigabytes, make_budget
+from wanfast.budget import Budget, make_budget
 from wanfast.config import ModelConfig
 from wanfast.errors import MemoryBudgetError, RequestError
 from wanfast.plan import Plan, make_plan, request_of
+from wanfast.residency import gigabytes
 from wanfast.weight_sizes import WeightSizes
 
 
@@ -22,6 +23,13 @@ def refuse_what_cannot_fit(
     budget = make_budget(config, plan, sizes, vram=vram, ram=ram)
     if budget.fits:
         return budget
+    if not budget.fits_slots:
+        least = budget.num_slots * budget.slot_bytes
+        raise MemoryBudgetError(
+            f"vram: must hold {budget.num_slots} blocks of {gigabytes(budget.slot_bytes)} on a CPU, got"
+            f" {gigabytes(budget.slots_limit or 0)}; try {least} bytes or more, or leave it out:"
+            " blocks are used in place then"
+        )
     what = f"{_named(plan.width, plan.height, plan.num_frames)} needs"
     near = nearest_that_fit(config, plan, sizes, vram=vram, ram=ram)
     remedy = " or ".join(near) + (" fits" if len(near) == 1 else " fit") if near else "no size of this model fits"

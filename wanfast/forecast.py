@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,14 @@ from wanfast.config import ModelConfig
 from wanfast.fitting import refuse_what_cannot_fit
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
-from wanfast.machines import Gpu, known_gpu
-from wanfast.plan import EIGHT_BIT, Plan
-from wanfast.predict import Prediction, Rates, datasheet_rates, predict
+from wanfast.machines import DISK, Gpu, known_gpu
+from wanfast.plan import EIGHT_BIT, Plan, Precision
+from wanfast.precision import plan_within
+from wanfast.predict import FileReads, Prediction, Rates, count_reads, datasheet_rates, predict
 from wanfast.rates import measured_rates
 from wanfast.residency import free_memory
 from wanfast.residency.memory import free_host_memory
-from wanfast.weight_sizes import WeightSizes, largest_block, loading_bytes, weight_sizes
+from wanfast.weight_sizes import WeightSizes, largest_block, largest_in_file, loading_bytes, weight_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Forecast:
 
     budget: Budget
     prediction: Prediction | None
+    reads: FileReads
 
 
 def make_forecast(
@@ -60,8 +62,9 @@ def make_forecast(
         vram = gpu.memory
     budget = refuse_what_cannot_fit(config, plan, sizes, vram=vram, ram=ram)
     if rates is None and on_gpu and gpu is not None:
-        rates = datasheet_rates(gpu, plan)
-    return Forecast(budget, None if rates is None else predict(config, plan, sizes, budget, rates))
+        rates = replace(datasheet_rates(gpu, plan), disk=DISK)
+    prediction = None if rates is None else predict(config, plan, sizes, budget, rates)
+    return Forecast(budget, prediction, count_reads(plan, sizes, budget))
 
 
 def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecast:
@@ -74,11 +77,21 @@ def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecas
     return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram, rates=rates)
 
 
+def plan_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> tuple[Plan, str | None]:
+    """Settle a plan's precision by the memory of this machine, as `plan_within` does."""
+    vram, ram = _limits_here(model)
+    return plan_within(model.config, plan, model.wish, sizes_in(model, loras), vram=vram, ram=ram)
+
+
+def sizes_in(model: LoadedModel, loras: Sequence[Lora] = ()) -> Callable[[Plan], WeightSizes]:
+    """Give what tells the sizes of a model's weights in the precision of a plan, with what LoRAs add."""
+    return lambda plan: with_loras(sizes_of(model, plan.precision), model.config, plan, loras)
+
+
 def budget_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> Budget:
     """Settle the memory of a plan, and of what LoRAs add to it, on this machine; errors as in `make_forecast`."""
     vram, ram = _limits_here(model)
-    sizes = with_loras(sizes_of(model), model.config, plan, loras)
-    return refuse_what_cannot_fit(model.config, plan, sizes, vram=vram, ram=ram)
+    return refuse_what_cannot_fit(model.config, plan, sizes_in(model, loras)(plan), vram=vram, ram=ram)
 
 
 def bound_blocks(model: LoadedModel, budgets: Sequence[Budget]) -> None:
@@ -94,7 +107,7 @@ def bound_blocks(model: LoadedModel, budgets: Sequence[Budget]) -> None:
 def decodes_beside_blocks(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> bool:
     """Whether a GPU has room for decoding the whole picture with the experts' weights where they are."""
     vram, ram = _limits_here(model)
-    sizes = with_loras(sizes_of(model), model.config, plan, loras)
+    sizes = sizes_in(model, loras)(plan)
     budget = make_budget(model.config, plan, sizes, vram=vram, ram=ram)
     decode = next(stage for stage in budget.stages if stage.name == "decode")
     held = budget.num_slots * budget.slot_bytes + budget.num_experts * sizes.outer + sizes.loras
@@ -115,7 +128,7 @@ def tiles_here(model: LoadedModel, plan: Plan, stage: str) -> int:
     vram, ram = _limits_here(model)
     if model.device.type == "cpu" and ram is not None:
         ram -= model.host_bytes  # blocks stay where they are meanwhile
-    return make_budget(model.config, plan, sizes_of(model), vram=vram, ram=ram).tilings[stage].num_tiles
+    return make_budget(model.config, plan, sizes_in(model)(plan), vram=vram, ram=ram).tilings[stage].num_tiles
 
 
 def _limits_here(model: LoadedModel) -> tuple[int | None, int | None]:
@@ -133,37 +146,43 @@ def _limits_here(model: LoadedModel) -> tuple[int | None, int | None]:
     return (free if model.vram is None else min(model.vram, free)), ram
 
 
-def sizes_of(model: LoadedModel) -> WeightSizes:
-    """Read the sizes of an open model's weights from the headers of its files."""
-    by_rule = weight_sizes(model.config, model.precision)
+def sizes_of(model: LoadedModel, precision: Precision) -> WeightSizes:
+    """Read the sizes that an open model's weights have in a precision from the headers of its files."""
+    by_rule, dtype, in_8_bits = weight_sizes(model.config, precision), _dtype_of(precision), precision in EIGHT_BIT
     readers = model.model.experts.values()
     forms = {form for reader in readers for form in _stored_forms(reader)}
-    if model.precision in EIGHT_BIT:  # others are rounded to it when they are loaded
+    if in_8_bits:  # others are rounded to it when they are loaded
         forms = {form for form in forms if form in GGUF_BLOCKS}
-    slot = max(largest_block(reader, model.compute_dtype, in_8_bits=model.precision in EIGHT_BIT) for reader in readers)
-    is_mapped = all(_is_mapped(model, reader) for reader in readers)
+    slot = max(largest_block(reader, dtype, in_8_bits=in_8_bits) for reader in readers)
+    is_mapped = all(_is_mapped(reader, precision) for reader in readers)
     return WeightSizes(
         slot=slot,
         outer=by_rule.outer,
-        text_slot=largest_block(model.model.text, model.compute_dtype),
+        text_slot=largest_block(model.model.text, dtype),
         vae_encoder=by_rule.vae_encoder,
         vae_decoder=by_rule.vae_decoder,
-        stored=", ".join(sorted(forms)) or (model.precision if model.precision in EIGHT_BIT else "16 or 32 bits"),
+        stored=", ".join(sorted(forms)) or (precision if in_8_bits else "16 or 32 bits"),
         is_expanded=bool(forms),
         is_mapped=is_mapped,
-        loading=0 if is_mapped else loading_bytes(model.config, model.precision, slot),
+        file_block=max(map(largest_in_file, readers)),
+        loading=0 if is_mapped else loading_bytes(model.config, precision, slot),
     )
 
 
-def _is_mapped(model: LoadedModel, reader: Reader) -> bool:
+def _dtype_of(precision: Precision) -> torch.dtype:
+    """What a precision computes in where it does not multiply in 8 bits."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def _is_mapped(reader: Reader, precision: Precision) -> bool:
     """Whether an expert's projections lie in their files as they are computed with."""
     names = [name for name in reader.names() if name.startswith("blocks.") and len(reader.ref(name).shape) == 2]
     refs = [reader.ref(name) for name in names if name.endswith(".weight")]
-    if model.precision not in EIGHT_BIT:
-        return all(ref.stored_as is not None or ref.dtype == model.compute_dtype for ref in refs)
-    # e4m3 is used as it is where wanfast itself has written it, within narrow bounds; int8 from anywhere.
-    own = {"int8": "int8"} if model.precision == "int8" else {"fp8": "float8_e4m3fn"} if model.model.made_from else {}
-    return all(ref.stored_as in (*GGUF_BLOCKS, *own.values()) for ref in refs)
+    if precision not in EIGHT_BIT:
+        return all(ref.stored_as is not None or ref.dtype == _dtype_of(precision) for ref in refs)
+    if precision == "int8":  # from anywhere
+        return all(ref.stored_as in (*GGUF_BLOCKS, "int8") for ref in refs)
+    return all(ref.stored_as in GGUF_BLOCKS or (ref.stored_as == "float8_e4m3fn" and ref.is_ready) for ref in refs)
 
 
 def with_loras(sizes: WeightSizes, config: ModelConfig, plan: Plan, loras: Sequence[Lora]) -> WeightSizes:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wanfast.budget import gigabytes
 from wanfast.denoise import Conditions, OnProgress, OnState, OnStep, Stretch, denoise, experts_of_passes
 from wanfast.dit.condition import image_condition
 from wanfast.errors import MemoryBudgetError, NotFiniteError, RequestError
@@ -27,7 +26,7 @@ from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.plan import Plan, ti2v_resize
 from wanfast.prompts import encode_prompts
 from wanfast.rates import StageClock, note_rates
-from wanfast.residency import free_memory
+from wanfast.residency import free_memory, gigabytes
 from wanfast.run_state import RunState
 from wanfast.solvers import Step
 from wanfast.vae.encode import encode_chunks
@@ -132,6 +131,7 @@ def _make_latents(
 ) -> Tensor:
     start = inputs.state or RunState(0, _noise(plan, inputs), None)
     _check_state(plan, start)
+    model.compute_in(plan.precision)
     if start.next_step == len(plan.steps):
         return start.latents[0].to(model.device)
     budget = budget_here(model, plan, inputs.loras)

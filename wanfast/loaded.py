@@ -15,7 +15,7 @@ from wanfast.dit import weights as dit_weights
 from wanfast.lora import Lora
 from wanfast.model import Model
 from wanfast.out_of_memory import OutOfMemory, attempt
-from wanfast.plan import Precision
+from wanfast.plan import Precision, Wish
 from wanfast.residency import Residency, Traffic, to_device
 from wanfast.text import weights as text_weights
 from wanfast.vae.weights import VAEWeights, compute_dtype, load_vae
@@ -33,6 +33,7 @@ class LoadedModel:
         device: torch.device,
         vram: int | None = None,
         ram: int | None = None,
+        wish: Wish | None = None,
     ) -> None:
         """Read nothing yet.
 
@@ -43,12 +44,20 @@ class LoadedModel:
             device: where everything is computed.
             vram: bytes of the device that an expert's blocks may keep; None is what is free, less room for activations.
             ram: bytes of host memory that blocks may take; None is what is free, less a reserve.
+            wish: of each generation anew, where it may be another precision than the one of the last; None is
+                `precision`, whatever it needs.
         """
         self.model = model
-        self.precision: Precision = precision
+        self.wish = wish or Wish(precision)
         self.device = device
         self.vram, self.ram = vram, ram
         self._files = file_states(model.readers)
+        self._prepare(precision)
+
+    def _prepare(self, precision: Precision) -> None:
+        """Settle all that a precision decides; nothing is in memory then."""
+        model, device = self.model, self.device
+        self.precision: Precision = precision
         self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._vae_dtype = compute_dtype(precision, device)
         self._eight_bit = packed.DTYPES.get(precision)
@@ -59,10 +68,20 @@ class LoadedModel:
             for reader in model.experts.values()
         )
         layers = model.config.dit.num_layers
-        self._residency = Residency(self._read_block, layers, device, vram, slot_bytes=self._largest, ram=ram)
+        self._residency = Residency(self._read_block, layers, device, self.vram, slot_bytes=self._largest, ram=self.ram)
         self._outers: dict[ExpertName, dit_weights.OuterWeights] = {}
         self._adapter: tuple[ExpertName, tuple[Lora, ...], Adapter] | None = None
         self._decoder: VAEWeights | None = None
+
+    def compute_in(self, precision: Precision) -> None:
+        """Compute in a precision from here on; another one than so far lets every weight go, the same changes nothing.
+
+        Raises:
+            RequestError: this model or this device has no arithmetic for it.
+        """
+        if precision != self.precision:
+            self.release()
+            self._prepare(precision)
 
     @property
     def config(self) -> ModelConfig:
@@ -203,6 +222,13 @@ class LoadedModel:
         had_adapter = self._adapter is not None
         self._outers, self._adapter = {}, None
         return self._residency.clear_device() or had_adapter
+
+    def release_device(self) -> bool:
+        """Let every weight go from the device; what a GPU copies from stays on the host. Say whether there were any."""
+        if self.device.type != "cuda":
+            return self.release()
+        had_decoder, self._decoder = self._decoder is not None, None
+        return self.release_experts() or had_decoder
 
     def release(self) -> bool:
         """Let every weight go, the next use reads them again; say whether there were any."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from wanfast.errors import RequestError
 
+DISK = 3e9  # bytes per second from files: an NVMe drive over PCIe 3.0; assumed of every machine
 _PCIE_4, _PCIE_5 = 25e9, 53e9
 _GIB = 2**30
 _MAKERS_WORDS = {"nvidia", "geforce", "sxm", "sxm4", "sxm5", "80gb", "hbm3", "hbm3e"}  # around a card's name

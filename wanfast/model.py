@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from wanfast.dit import weights as dit_weights
 from wanfast.errors import CheckpointError
 from wanfast.text import weights as text_weights
 from wanfast.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_sentencepiece
+from wanfast.tiny import tiny_files
 from wanfast.vae import weights as vae_weights
 
 
@@ -31,10 +32,12 @@ class Model:
     vae: Reader
     text: Reader
     tokenizer: Tokenizer
-    found_at: str | None  # what `Sources.model` led to, an absolute path; None for files alone and wan-tiny
+    found_at: str | None  # what `Sources.model` led to, an absolute path or a built-in name; None for files alone
     files: Mapping[str, str]  # the parts that were named one by one: absolute paths by names of `Sources`
     notes: tuple[str, ...] = ()  # what was decided by names and places of files
+    preset_loras: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)  # the model's own LoRAs, by preset
     made_from: tuple[str, ...] = ()  # names of the files it was converted from
+    written_for: str | None = None  # the precision it was converted for
 
     @property
     def readers(self) -> list[Reader]:
@@ -69,7 +72,12 @@ def open_model(sources: str | Path | Sources) -> Model:
         found_at=_model_path(sources, checkpoint),
         files=sources.parts,
         notes=checkpoint.notes,
+        preset_loras={
+            preset: tuple(checkpoint.path / file for file in files)
+            for preset, files in (checkpoint.defaults.preset_loras or {}).items()
+        },
         made_from=checkpoint.made_from,
+        written_for=checkpoint.written_for,
     )
 
 
@@ -78,6 +86,8 @@ def _model_path(sources: Sources, checkpoint: Checkpoint) -> str | None:
     if sources.model is None:
         return None
     path = Path(sources.model).expanduser()
+    if not path.exists() and tiny_files(str(sources.model)) is not None:
+        return str(sources.model)  # every machine has its own: a clip must not name this one's folder
     return str((path if path.exists() else checkpoint.path).absolute())
 
 

@@ -13,19 +13,21 @@ from torch import Tensor
 from wanfast.checkpoint.lookup import Sources
 from wanfast.config import SolverName
 from wanfast.denoise import OnProgress, OnStep
+from wanfast.dit.packed import multiplies_8_bit, multiplies_e4m3
 from wanfast.errors import RequestError
-from wanfast.forecast import budget_here
+from wanfast.forecast import plan_here
 from wanfast.generation import Inputs, OnPreview, generate_frames, generate_latents
 from wanfast.images import ImageSource, load_image
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora, LoraSpec, file_digest, open_loras
 from wanfast.model import Model, open_model, vae_parameters
-from wanfast.plan import EIGHT_BIT, Plan, Precision, dit_parameters, make_plan
+from wanfast.plan import EIGHT_BIT, Plan, Precision, Wish, dit_parameters, make_plan
+from wanfast.precision import wish_of_auto
 from wanfast.presets import apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
 from wanfast.settings import RecordedLora, settings_of
-from wanfast.tiny import tiny_folder
+from wanfast.tiny import NAME
 from wanfast.version import __version__
 from wanfast.video import Video
 
@@ -49,16 +51,17 @@ def load(
 
     Args:
         model: folder in the official, the Diffusers or ComfyUI's layout, one file (of a pair of experts, the other is
-            found by its name), "t2v-a14b", "i2v-a14b", "ti2v-5b" or a Hugging Face Hub id; None is the tiny built-in
-            model.
+            found by its name), "t2v-a14b", "i2v-a14b", "ti2v-5b" or a Hugging Face Hub id, or a model in the box,
+            "wan-tiny" or "wan-tiny-i2v"; None is "wan-tiny".
         high: file of the high-noise expert, instead of `model`.
         low: file of the low-noise expert.
         vae: file, instead of the model's own or the one near it.
         text_encoder: file or folder, likewise.
         tokenizer: `tokenizer.json` or `spiece.model`, likewise.
         precision: "fp32" everywhere; "exact" = bf16 where the reference computes in bf16; "fp8" or "int8" = the DiT's
-            blocks multiply in 8 bits, with the errors that docs/numerics.md states; "auto" is "exact" on a GPU, else
-            "fp32".
+            blocks multiply in 8 bits, with the errors that docs/numerics.md states; "auto" is what the files were
+            converted for, else "fp32" on a CPU and on a GPU "exact", or "int8" where that fits and "exact" does not,
+            of which a warning tells.
         vram: in bytes or as "24GB". On a GPU all that a generation may take of it, weights, activations and the
             driver's share: what does not fit is streamed, cut finer, or refused. On a CPU, which has no memory of its
             own, what the blocks of the diffusion transformers may be copied to: with less than an expert they pass
@@ -89,14 +92,15 @@ def open_loaded(
     place = _device(device)
     budget = None if vram is None else parse_bytes("vram", vram)
     host_budget = None if ram is None else parse_bytes("ram", ram)
-    is_fp32 = precision == "fp32" or (precision == "auto" and place.type == "cpu")
-    is_built_in = sources == Sources()
-    opened = open_model(tiny_folder() if is_built_in else sources)
-    if is_built_in:  # every machine has its own: a clip must not name this one's folder
-        opened = replace(opened, found_at=None)
-    _warn_of_rounding(opened, precision)
-    chosen = "fp32" if is_fp32 else "exact" if precision == "auto" else cast(Precision, precision)
-    return LoadedModel(opened, precision=chosen, device=place, vram=budget, ram=host_budget)
+    opened = open_model(Sources(model=NAME) if sources == Sources() else sources)
+    if precision == "auto":
+        wish = wish_of_auto(opened, place.type, has_e4m3=multiplies_e4m3(place), has_8_bit=multiplies_8_bit(place))
+    else:
+        wish = Wish(cast(Precision, precision))
+    if wish.reason is not None:
+        opened = replace(opened, notes=(*opened.notes, f"precision {wish.precision}: {wish.reason}"))
+    _warn_of_rounding(opened, wish.precision)
+    return LoadedModel(opened, precision=wish.precision, device=place, vram=budget, ram=host_budget, wish=wish)
 
 
 def _warn_of_rounding(model: Model, precision: str) -> None:
@@ -124,14 +128,17 @@ def plan_for(model: LoadedModel, request: Request, loras: Sequence[Lora] = ()) -
         RequestError: as in `make_plan`.
         MemoryBudgetError: it needs more, even with all weights streamed; the message says what would fit.
     """
-    plan = make_plan(
+    wished = make_plan(
         model.config,
         request,
-        precision=model.precision,
+        precision=model.wish.precision,
         device=str(model.device),
         vae_parameters=vae_parameters(model.config.vae),
     )
-    budget_here(model, plan, loras)
+    plan, reason = plan_here(model, wished, loras)
+    if plan.precision != wished.precision:
+        _log.warning("precision %s: %s", plan.precision, reason)
+        _warn_of_rounding(model.model, plan.precision)
     return plan
 
 
@@ -167,6 +174,20 @@ def settings_for(model: LoadedModel, plan: Plan, inputs: Inputs, image_path: str
             for lora in inputs.loras
         ],
     )
+
+
+def loras_for(
+    model: Model, loras: Sequence[str | Path | LoraSpec], preset: str | None
+) -> Sequence[str | Path | LoraSpec]:
+    """The LoRAs of a generation: those asked for, or where none are the model's own for the preset, if it has any."""
+    return loras or (() if preset is None else model.preset_loras.get(preset, ()))
+
+
+def open_loras_for(
+    model: Model, loras: Sequence[str | Path | LoraSpec], preset: str | None, *, merge: bool = False
+) -> tuple[Lora, ...]:
+    """Open `loras_for` a generation; errors as in `open_loras`."""
+    return open_loras(loras_for(model, loras, preset), model.config, model.experts, merge=merge)
 
 
 def warn_of_preset(model: LoadedModel, plan: Plan, loras: Iterable[Lora]) -> None:
@@ -230,6 +251,7 @@ class Pipeline:
         solver: SolverName | None = None,
         seed: int | None = None,
         fps: int | None = None,
+        attention_density: float | None = None,
         preset: str | None = None,
         loras: Sequence[str | Path | LoraSpec] = (),
         merge_loras: bool = False,
@@ -257,7 +279,11 @@ class Pipeline:
             solver: "unipc", "dpmpp" or "euler".
             seed: of the noise; None draws one, which the video's settings then hold.
             fps: frames per second of the file; changes no frame.
-            preset: "lightning4": 4 steps, euler, shift 5 and guidance 1 where these are not given.
+            attention_density: above 0, up to 1: share of the blocks of 64 keys that each block of 128 tokens attends to
+                in self-attention, those of largest guessed weight and its own; 1 and None are all. The first fifth of
+                the steps and the first block of the DiT stay dense. It changes the video: docs/numerics.md.
+            preset: "lightning4": 4 steps, euler, shift 5 and guidance 1 where these are not given, and in place of
+                `loras` that are not given those that the model brings along for it, as wan-tiny does.
             loras: LoRA files for this generation alone, as "file.safetensors:0.8@high", paths or `LoraSpec`s; none
                 changes a weight of the model, nothing is loaded anew.
             merge_loras: add every LoRA to copies of the weights, in fp32 and rounded once, in place of computing it
@@ -300,8 +326,9 @@ class Pipeline:
             solver=solver,
             seed=seed,
             fps=fps,
+            attention_density=attention_density,
         )
-        opened = open_loras(loras, self.loaded.config, self.loaded.model.experts, merge=merge_loras)
+        opened = open_loras_for(self.loaded.model, loras, preset, merge=merge_loras)
         plan = plan_for(self.loaded, apply_preset(request, preset), opened)
         warn_of_preset(self.loaded, plan, opened)
         inputs = Inputs(image=picture, latents=latents, context=context, loras=opened)

@@ -17,9 +17,11 @@ from wanfast.config import (
     TextConfig,
 )
 from wanfast.errors import RequestError
+from wanfast.kernels import KEY_BLOCK, blocks_kept_at_most
 from wanfast.request import (
     Mode,
     Request,
+    resolve_attention_density,
     resolve_fps,
     resolve_guidance,
     resolve_mode,
@@ -36,7 +38,19 @@ from wanfast.schedule import sigmas_and_timesteps
 from wanfast.solvers import Step
 
 Precision = Literal["fp32", "exact", "fp8", "int8"]
+# Of a run with sparse attention, whose first DiT block is dense throughout. Source: SVG2 and Sol-Attn (Sana) keep a
+# fifth of the steps dense, Radial Attention 11 of 40 for Wan 2.2; all three keep the first block.
+DENSE_STEPS = 0.2
 EIGHT_BIT: tuple[Precision, ...] = ("fp8", "int8")  # those that multiply in 8 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What precision a model shall compute in."""
+
+    precision: Precision
+    may_round: bool = False  # whether int8 may take its place where it does not fit
+    reason: str | None = None  # why it is this one, for the user, where that does not go without saying
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +87,9 @@ class Plan:
     experts: tuple[Expert, ...]  # with the guidance of this run
     steps: tuple[Step, ...]
     parts: tuple[Part, ...]
-    flops_per_forward: int  # computed, 2 per multiply-add
+    flops_per_forward: int  # computed, 2 per multiply-add; of dense attention
+    attention_density: float  # share of the blocks of keys that each block of queries attends to, in sparse steps
+    sparse_flops_per_forward: int  # of a step with sparse attention, at most; as much as dense at density 1
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +100,25 @@ class Plan:
     def num_forwards(self) -> int:
         """DiT evaluations in all."""
         return sum(step.num_forwards for step in self.steps)
+
+    @property
+    def num_dense_steps(self) -> int:
+        """How many steps, from the first on, have dense attention in every block."""
+        return len(self.steps) if self.attention_density == 1 else math.ceil(DENSE_STEPS * len(self.steps))
+
+    @property
+    def flops(self) -> int:
+        """Operations of all steps."""
+        return sum(self.flops_of(step) for step in self.steps)
+
+    def density_of(self, step: Step) -> float:
+        """Tell how dense attention is in a step, in all blocks but the first."""
+        return 1.0 if step.index < self.num_dense_steps else self.attention_density
+
+    def flops_of(self, step: Step) -> int:
+        """Count the operations of a step."""
+        is_dense = self.density_of(step) == 1
+        return step.num_forwards * (self.flops_per_forward if is_dense else self.sparse_flops_per_forward)
 
     @property
     def steps_per_expert(self) -> dict[ExpertName, int]:
@@ -126,6 +161,7 @@ def make_plan(
     experts = tuple(replace(expert, guidance=guidance[expert.name]) for expert in config.experts)
     solver, shift = resolve_solver(request, config), resolve_shift(request, config)
     num_steps = resolve_num_inference_steps(request, config)
+    density, num_tokens = resolve_attention_density(request, num_steps), math.prod(token_grid)
     return Plan(
         model=config.name,
         task=config.task,
@@ -148,7 +184,9 @@ def make_plan(
         experts=experts,
         steps=_steps(experts, config.boundary, solver, num_steps, shift),
         parts=weight_parts(config, precision, vae_parameters=vae_parameters),
-        flops_per_forward=forward_flops(config.dit, math.prod(token_grid)),
+        flops_per_forward=forward_flops(config.dit, num_tokens),
+        attention_density=density,
+        sparse_flops_per_forward=forward_flops(config.dit, num_tokens, attention_density=density),
     )
 
 
@@ -170,6 +208,7 @@ def request_of(plan: Plan) -> Request:
         solver=plan.solver,
         seed=plan.seed,
         fps=plan.fps,
+        attention_density=plan.attention_density,
     )
 
 
@@ -242,16 +281,25 @@ def text_parameters(config: TextConfig) -> int:
     return config.vocab_size * config.dim + config.num_layers * block + config.dim
 
 
-def forward_flops(config: DiTConfig, num_tokens: int) -> int:
-    """Count the floating-point operations of one DiT evaluation, 2 per multiply-add, matrix products only."""
+def kept_keys(num_tokens: int, attention_density: float) -> int:
+    """Count the keys that a token attends to in sparse attention, at most."""
+    return min(num_tokens, KEY_BLOCK * blocks_kept_at_most(attention_density, -(-num_tokens // KEY_BLOCK)))
+
+
+def forward_flops(config: DiTConfig, num_tokens: int, *, attention_density: float = 1.0) -> int:
+    """Count the floating-point operations of one DiT evaluation, 2 per multiply-add, matrix products only.
+
+    With an attention density below 1 the first block is dense, and the others attend to as many keys as they may.
+    """
     dim, text_len, patch = config.dim, config.text_len, math.prod(config.patch_size)
     linears = 2 * num_tokens * (6 * dim * dim + 2 * dim * config.ffn_dim)  # q, k, v, o; cross q, o; feed-forward
     text_linears = 2 * text_len * 2 * dim * dim
-    attention = 4 * num_tokens * (num_tokens + text_len) * dim
+    keys = num_tokens + (config.num_layers - 1) * kept_keys(num_tokens, attention_density)  # of all blocks
+    attention = 4 * num_tokens * (keys + config.num_layers * text_len) * dim
     ends = 2 * num_tokens * patch * (config.in_channels + config.out_channels) * dim
     text_embedding = 2 * text_len * (config.text_dim * dim + dim * dim)
     time = 2 * (config.freq_dim * dim + 7 * dim * dim)
-    return config.num_layers * (linears + text_linears + attention) + ends + text_embedding + time
+    return config.num_layers * (linears + text_linears) + attention + ends + text_embedding + time
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:

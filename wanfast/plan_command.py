@@ -2,27 +2,45 @@
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from wanfast.budget import gigabytes
-from wanfast.command_parts import note, request_for, sources_of
+from wanfast.checkpoint.lookup import Sources
+from wanfast.command_parts import note, request_for, sources_of, usual_sources
 from wanfast.config import MODELS, ModelConfig
 from wanfast.errors import MemoryBudgetError, RequestError
-from wanfast.forecast import Forecast, forecast_here, make_forecast, sizes_of, with_loras
+from wanfast.forecast import Forecast, forecast_here, make_forecast, plan_here, sizes_in, with_loras
 from wanfast.host_memory import HOST_RESERVE_BYTES
 from wanfast.images import load_image
 from wanfast.lora import describe_lora, open_loras
 from wanfast.machines import Gpu, find_gpu
 from wanfast.model import vae_parameters
-from wanfast.pipeline import open_loaded, warn_of_preset
-from wanfast.plan import Plan, Precision, make_plan, plan_to_dict
+from wanfast.pipeline import open_loaded, open_loras_for, warn_of_preset
+from wanfast.plan import Plan, Precision, Wish, make_plan, plan_to_dict
 from wanfast.plan_text import budget_to_dict, format_plan
-from wanfast.predict import prediction_to_dict
-from wanfast.residency import parse_bytes
-from wanfast.weight_sizes import parse_stored, weight_sizes
+from wanfast.precision import auto_without_files, can_round, in_precision, plan_within, wish_of_auto
+from wanfast.predict import prediction_to_dict, reads_to_dict
+from wanfast.residency import gigabytes, parse_bytes
+from wanfast.weight_sizes import WeightSizes, parse_stored, weight_sizes
+
+BUILT_IN = """\
+wan-tiny, the small model that comes with wanfast and needs no download, as no --model is given.
+The large one: wanfast plan --model t2v-a14b, with --gpu 4090 for a card that is not here.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What there is to print."""
+
+    plan: Plan
+    forecast: Forecast
+    reason: str | None  # for the precision, where it does not go without saying
+    instead: Forecast | None  # of the same in int8, beside the exact precision on a GPU
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
@@ -33,23 +51,40 @@ def show_plan(arguments: argparse.Namespace) -> None:
         MemoryBudgetError: what was asked for does not fit; the message says what would.
         CheckpointError: a file cannot be used.
     """
-    row = None if sources_of(arguments).parts else _row_by_name(arguments.model or arguments.task)
-    plan, forecast = _of_files(arguments) if row is None else _of_row(arguments, row)
+    sources = sources_of(arguments)
+    row = None if sources.parts else _row_by_name(arguments.model or arguments.task)
+    shown = _of_files(arguments) if row is None else _of_row(arguments, row)
+    is_built_in = row is None and sources == Sources()
+    forecast, instead = shown.forecast, shown.instead
     if not arguments.json:
-        print(format_plan(plan, forecast.budget, forecast.prediction))
+        page = format_plan(
+            shown.plan,
+            forecast.budget,
+            forecast.prediction,
+            reason=shown.reason,
+            reads=forecast.reads,
+            instead=None if instead is None else (instead.budget, instead.prediction),
+        )
+        print(f"{BUILT_IN}\n{page}" if is_built_in else page)
         return
-    shown = plan_to_dict(plan) | {"memory": budget_to_dict(forecast.budget)}
+    told = plan_to_dict(shown.plan) | {"precision_reason": shown.reason, "memory": budget_to_dict(forecast.budget)}
+    told["files"] = reads_to_dict(forecast.reads)
     if forecast.prediction is not None:
-        shown["seconds"] = prediction_to_dict(forecast.prediction)
-    print(json.dumps(shown, ensure_ascii=False, indent=2))
+        told["seconds"] = prediction_to_dict(forecast.prediction)
+    if instead is not None:
+        told["instead"] = {"precision": "int8", "memory": budget_to_dict(instead.budget)}
+        if instead.prediction is not None:
+            told["instead"]["seconds"] = prediction_to_dict(instead.prediction)
+    print(json.dumps(told, ensure_ascii=False, indent=2))
 
 
-def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> tuple[Plan, Forecast]:
+def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> _Shown:
     """Plan for a model of the table: no file is needed, and any machine can be asked about.
 
     Its files are taken to be those that are published, which hold fp32.
     """
-    precision: Precision = "exact" if arguments.precision == "auto" else arguments.precision
+    device = _device_to_plan_for(arguments.device or "cuda")
+    wish = auto_without_files(device) if arguments.precision == "auto" else Wish(arguments.precision)
     image = load_image(arguments.image) if arguments.image else None
     request = request_for(arguments, row, image)
     if row.task == "i2v" and image is None:  # what a card would do needs no picture, but for its shape
@@ -57,17 +92,19 @@ def _of_row(arguments: argparse.Namespace, row: ModelConfig) -> tuple[Plan, Fore
         request = replace(request, image_size=size)
         note(arguments, f"image: none is given, one of {size[0]}x{size[1]} is planned for")
     gpu, vram, ram = _limits(arguments)
-    device = _device_to_plan_for(arguments.device or "cuda")
-    if precision == "fp8" and gpu is not None and not gpu.has_e4m3:
-        raise RequestError(f"precision: fp8 needs a GPU of compute capability 8.9 or more, got {gpu.name}; try int8")
-    plan = make_plan(row, request, precision=precision, device=device, vae_parameters=vae_parameters(row.vae))
+    _refuse_unfit(wish.precision, gpu)
+    wished = make_plan(row, request, precision=wish.precision, device=device, vae_parameters=vae_parameters(row.vae))
     loras = open_loras(arguments.lora, row, merge=arguments.merge_loras)
     note(arguments, *map(describe_lora, loras))
-    sizes = weight_sizes(row, precision, parse_stored(arguments.stored or "fp32"))
-    return plan, make_forecast(row, plan, with_loras(sizes, row, plan, loras), gpu=gpu, vram=vram, ram=ram)
+    stored = parse_stored(arguments.stored or "fp32")
+
+    def sizes_in(plan: Plan) -> WeightSizes:
+        return with_loras(weight_sizes(row, plan.precision, stored), row, plan, loras)
+
+    return _settled(row, wished, wish, sizes_in, gpu=gpu, vram=vram, ram=ram)
 
 
-def _of_files(arguments: argparse.Namespace) -> tuple[Plan, Forecast]:
+def _of_files(arguments: argparse.Namespace) -> _Shown:
     """Plan for files, on this machine; with a card named, on one like it."""
     if arguments.stored is not None:
         raise RequestError(
@@ -77,24 +114,77 @@ def _of_files(arguments: argparse.Namespace) -> tuple[Plan, Forecast]:
     image = load_image(arguments.image) if arguments.image else None
     gpu, vram, ram = _limits(arguments)
     model = open_loaded(
-        sources_of(arguments),
+        usual_sources(arguments),
         precision=arguments.precision,
         vram=arguments.vram,
         ram=arguments.ram,
         device=arguments.device,
     )
     request = request_for(arguments, model.config, image)
+    wish, device = model.wish, str(model.device)
+    if gpu is not None:
+        device = "cuda"
+        if arguments.precision == "auto":
+            wish = wish_of_auto(model.model, device, has_e4m3=gpu.has_e4m3)
+        _refuse_unfit(wish.precision, gpu)
     parameters = vae_parameters(model.config.vae)
-    device = str(model.device) if gpu is None else "cuda"
-    plan = make_plan(model.config, request, precision=model.precision, device=device, vae_parameters=parameters)
+    wished = make_plan(model.config, request, precision=wish.precision, device=device, vae_parameters=parameters)
     note(arguments, *model.model.notes)
-    loras = open_loras(arguments.lora, model.config, model.model.experts, merge=arguments.merge_loras)
-    warn_of_preset(model, plan, loras)
+    loras = open_loras_for(model.model, arguments.lora, arguments.preset, merge=arguments.merge_loras)
+    warn_of_preset(model, wished, loras)
     note(arguments, *map(describe_lora, loras))
-    sizes = with_loras(sizes_of(model), model.config, plan, loras)
-    if gpu is None:
-        return plan, forecast_here(model, plan, sizes)
-    return plan, make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram)
+    sizes = sizes_in(model, loras)
+    if gpu is not None:
+        return _settled(model.config, wished, wish, sizes, gpu=gpu, vram=vram, ram=ram)
+    plan, reason = plan_here(model, wished, loras)
+    instead = _rounded(model.config, plan)
+    return _Shown(
+        plan,
+        forecast_here(model, plan, sizes(plan)),
+        reason,
+        None if instead is None else _if_it_fits(partial(forecast_here, model, instead, sizes(instead))),
+    )
+
+
+def _settled(
+    config: ModelConfig,
+    wished: Plan,
+    wish: Wish,
+    sizes_in: Callable[[Plan], WeightSizes],
+    *,
+    gpu: Gpu | None,
+    vram: int | None,
+    ram: int | None,
+) -> _Shown:
+    """Settle precision, memory and seconds on a machine that is given by numbers."""
+    room = gpu.memory if vram is None and gpu is not None else vram
+    plan, reason = plan_within(config, wished, wish, sizes_in, vram=room, ram=ram)
+    make = partial(make_forecast, config, gpu=gpu, vram=vram, ram=ram)
+    instead = _rounded(config, plan)
+    return _Shown(
+        plan,
+        make(plan, sizes_in(plan)),
+        reason,
+        None if instead is None else _if_it_fits(partial(make, instead, sizes_in(instead))),
+    )
+
+
+def _rounded(config: ModelConfig, plan: Plan) -> Plan | None:
+    """The same in int8, beside which the exact precision on a GPU stands; None beside others."""
+    is_beside = plan.device.startswith("cuda") and plan.precision == "exact" and can_round(config)
+    return in_precision(config, plan, "int8") if is_beside else None
+
+
+def _if_it_fits(make: Callable[[], Forecast]) -> Forecast | None:
+    try:
+        return make()
+    except MemoryBudgetError:  # with little host memory: rounding takes some
+        return None
+
+
+def _refuse_unfit(precision: Precision, gpu: Gpu | None) -> None:
+    if precision == "fp8" and gpu is not None and not gpu.has_e4m3:
+        raise RequestError(f"precision: fp8 needs a GPU of compute capability 8.9 or more, got {gpu.name}; try int8")
 
 
 def _limits(arguments: argparse.Namespace) -> tuple[Gpu | None, int | None, int | None]:

@@ -4,22 +4,42 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from wanfast.budget import Budget, gigabytes
+from wanfast.budget import Budget
 from wanfast.config import DEFAULT_NEGATIVE_PROMPT
 from wanfast.dit.chunking import CHUNKINGS
-from wanfast.plan import Part, Plan
-from wanfast.predict import Prediction
+from wanfast.machines import DISK
+from wanfast.plan import Part, Plan, kept_keys
+from wanfast.predict import FileReads, Prediction
+from wanfast.residency import gigabytes
 from wanfast.solvers import Step
 
 
-def format_plan(plan: Plan, budget: Budget | None = None, prediction: Prediction | None = None) -> str:
-    """Describe the plan on one page of text, with its memory and its seconds where they are known."""
+def format_plan(
+    plan: Plan,
+    budget: Budget | None = None,
+    prediction: Prediction | None = None,
+    *,
+    reason: str | None = None,
+    reads: FileReads | None = None,
+    instead: tuple[Budget, Prediction | None] | None = None,
+) -> str:
+    """Describe the plan on one page of text.
+
+    Args:
+        plan: to describe.
+        budget: its memory, where that is known.
+        prediction: its seconds, likewise.
+        reason: for its precision, where it does not go without saying.
+        reads: what it reads from files, where that is known.
+        instead: the same in int8, to be set beside it.
+    """
     channels, *latent = plan.latent_shape
     is_default = plan.negative_prompt == DEFAULT_NEGATIVE_PROMPT
     task = {"t2v": "text to video", "i2v": "image to video"}[plan.mode]
     rows = [
         ("model", f"{plan.model}, {task}"),
         ("runs on", f"{plan.device}, precision {plan.precision}"),
+        *([] if reason is None else [("", f"{plan.precision}: {reason}")]),
         ("prompt", plan.prompt or "(none)"),
         ("negative prompt", "Wan's own" if is_default else plan.negative_prompt),
         *_image_rows(plan),
@@ -32,15 +52,30 @@ def format_plan(plan: Plan, budget: Budget | None = None, prediction: Prediction
             f"{plan.solver}, shift {plan.shift:g}, {len(plan.steps)} steps, {plan.num_forwards} DiT evaluations",
         ),
         *(("", line) for line in _step_lines(plan.steps)),
+        *_density_rows(plan),
         ("weights", "as large as in the precision they compute in; computed"),
         *(("", line) for line in _part_lines(plan.parts)),
         ("work", _work(plan)),
     ]
     if budget is not None:
         rows += _labelled("memory", _memory_lines(budget, on_gpu=plan.device.startswith("cuda")))
+    if budget is not None and reads is not None:
+        rows += _labelled("files", _file_lines(budget, reads, prediction))
     if prediction is not None:
         rows += _labelled("seconds", _second_lines(plan, prediction))
+    if instead is not None:
+        rows.append(("instead", _instead(*instead)))
     return "\n".join(f"{label:<17}{text}".rstrip() for label, text in rows)
+
+
+def _instead(budget: Budget, prediction: Prediction | None) -> str:
+    """What int8 would take."""
+    told = [f"{gigabytes(budget.peak.total)} at the peak"]
+    source = "computed"
+    if prediction is not None:
+        told = [f"{prediction.total:,.1f} s", *told, f"{gigabytes(prediction.copied)} copied"]
+        source = prediction.source
+    return f"--precision int8: {', '.join(told)}; {source}; its cost: `wanfast verify`"
 
 
 def _image_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -61,6 +96,21 @@ def _step_lines(steps: tuple[Step, ...]) -> list[str]:
     return lines
 
 
+def _density_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.attention_density == 1:
+        return []
+    first, last = plan.num_dense_steps + 1, len(plan.steps)
+    which = f"step {last}" if first == last else f"steps {first}-{last}"
+    keys = kept_keys(plan.num_tokens, plan.attention_density)
+    lines = [
+        f"density {plan.attention_density:g} in {which}, in all blocks but the first; dense elsewhere",
+        f"there a token attends to at most {keys:,} of {plan.num_tokens:,} tokens",
+    ]
+    if plan.device.startswith("cuda") and plan.precision == "fp32":
+        lines.append("in fp32 no kernel does it: block by block through torch")
+    return _labelled("attention", iter(lines))
+
+
 def _part_lines(parts: tuple[Part, ...]) -> list[str]:
     return [f"{part.name:<14}{_short(part.parameters):>10} parameters {gigabytes(part.bytes):>12}" for part in parts]
 
@@ -74,8 +124,11 @@ def _short(number: int) -> str:
 
 
 def _work(plan: Plan) -> str:
-    each, total = _operations(plan.flops_per_forward), _operations(plan.flops_per_forward * plan.num_forwards)
-    return f"{each} per DiT evaluation, {total} in all; computed"
+    each, total = _operations(plan.flops_per_forward), _operations(plan.flops)
+    each = f"{each} per DiT evaluation"
+    if plan.attention_density < 1:
+        each += f", {_operations(plan.sparse_flops_per_forward)} with sparse attention"
+    return f"{each}, {total} in all; computed"
 
 
 def _operations(flops: int) -> str:
@@ -122,10 +175,7 @@ def _memory_lines(budget: Budget, *, on_gpu: bool) -> Iterator[str]:
         yield f"host: {gigabytes(host)}" + ("" if budget.host_limit is None else f" of {gigabytes(budget.host_limit)}")
         yield from _item_lines(budget.host)
     if budget.host_missing:
-        again = "read from their files" if budget.is_mapped else "made anew from their files"
-        yield f"  blocks of {gigabytes(budget.host_missing)} find no room and are {again} again and again"
-        if not budget.is_mapped:
-            yield "  `wanfast convert` writes files whose blocks are used as they are"
+        yield f"  blocks of {gigabytes(budget.host_missing)} that are needed again find no room"
 
 
 def _item_lines(items: Mapping[str, int]) -> Iterator[str]:
@@ -148,17 +198,39 @@ def _why(budget: Budget, *, on_gpu: bool) -> str:
     return f"an expert does not fit beside the rest: its blocks of {each} stream through {budget.num_slots} slots"
 
 
+def _file_lines(budget: Budget, reads: FileReads, prediction: Prediction | None) -> Iterator[str]:
+    verb = "read" if budget.is_mapped else "read and made anew"
+    again = "" if reads.loads <= reads.blocks else f", {reads.loads - reads.blocks:,} of them again"
+    yield f"{reads.loads:,} blocks are {verb}, {gigabytes(reads.num_bytes)}{again}; computed"
+    if reads.loads_per_step:
+        each = f"{reads.loads_per_step:,.1f} blocks, {gigabytes(round(reads.bytes_per_step))}"
+        yield f"{each} in a step that is not an expert's first: host memory has no room for them"
+    if budget.is_mapped and not budget.is_resident and reads.loads > reads.blocks:
+        yield "the system may still have some of them in memory"
+    if prediction is not None and prediction.reading is not None:
+        if prediction.is_reading_measured:
+            how = "with rounding what was read, as measured"
+        else:
+            how = f"at {gigabytes(round(DISK))} per second, which is assumed"
+        yield f"{prediction.reading:,.1f} seconds, {how}; what is waited for is in the seconds below"
+    if not budget.is_mapped:
+        if prediction is not None and not prediction.is_reading_measured:
+            yield "rounding what they hold to the dtype that is computed in is not in it"
+        yield "`wanfast convert` writes files whose blocks are used as they are"
+
+
 def _second_lines(plan: Plan, prediction: Prediction) -> Iterator[str]:
     how = "computed, at the peak rates of the card: a bound from below"
     yield f"{prediction.total:,.1f} in all; {how if prediction.source == 'computed' else 'from measured rates'}"
     yield ", ".join(f"{stage} {seconds:,.1f}" for stage, seconds in prediction.seconds.items())
     yield f"{prediction.seconds_per_step:,.2f} per step, {len(plan.steps)} steps"
+    if prediction.dense is not None:
+        yield f"steps would take {prediction.dense:,.1f} with dense attention"
     if not plan.device.startswith("cuda"):  # blocks are used where they are
         return
     switch = f", {prediction.switch_stall:.2f} at the switch of experts" if len(plan.steps_per_expert) > 1 else ""
     waits = f"waits for copies {prediction.stall:.2f}{switch}"
     yield f"{gigabytes(prediction.copied)} of blocks copied to the card; {waits}"
-    yield "reading files, and rounding what they hold, is not in it"
 
 
 def budget_to_dict(budget: Budget) -> dict[str, Any]:

@@ -4,16 +4,21 @@ Computed rates are those of the card's datasheet, so the seconds are a bound fro
 Rates that were measured give what was measured. Which of the two a prediction rests on, it says.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from wanfast.budget import Budget
 from wanfast.config import ModelConfig
+from wanfast.host_memory import Read, passes_of, reads_in_place, reads_of_moves
 from wanfast.machines import Gpu
 from wanfast.plan import Plan
-from wanfast.residency.moves import Key, plan_moves
-from wanfast.residency.timeline import simulate
+from wanfast.residency.moves import Schedule, plan_moves
+from wanfast.residency.timeline import Reading, simulate
 from wanfast.vae.memory import VAEActivations, decode_activations, encode_activations
 from wanfast.weight_sizes import WeightSizes
 
@@ -28,6 +33,8 @@ class Rates:
     vae_flops: float
     link: float  # bytes from the host
     source: Source
+    disk: float = math.inf  # bytes from files; infinite leaves reading out
+    is_disk_measured: bool = False  # then making blocks of what was read is in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +45,11 @@ class Prediction:
     seconds_per_step: float  # of the steps but the first of each expert, on average
     stall: float  # seconds of the steps in which the device waits for a copy; part of them
     copied: int  # bytes of blocks of the diffusion transformers, host to device
+    reading: float | None  # seconds of reading files, part of the others as far as it is waited for; None: left out
+    is_reading_measured: bool  # then making blocks of what was read is in it
     switch_stall: float  # seconds the first step of the second expert waits
     source: Source
+    dense: float | None  # seconds of the steps with dense attention, where it is sparse
 
     @property
     def total(self) -> float:
@@ -55,38 +65,41 @@ def datasheet_rates(gpu: Gpu, plan: Plan) -> Rates:
 
 
 def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget, rates: Rates) -> Prediction:
-    """Run a plan in time, with the moves that the residency makes.
+    """Run a plan in time, with the moves that the residency makes and what its store reads for them.
 
     Args:
         config: the model.
         plan: of the generation.
         sizes: of the model's weights.
-        budget: of the plan; it settles how many slots there are.
+        budget: of the plan; it settles how many slots there are, and the room for blocks on the host.
         rates: of the machine.
 
     Returns:
-        The prediction. Reading files is not in it: blocks are taken to be in host memory.
+        The prediction, of a run that begins with nothing in memory. Reading is in its seconds where `rates` has a rate
+        for it, rounding what files hold to another dtype where that was measured.
     """
     blocks = config.dit.num_layers
     passes = [(step.num_forwards if budget.chunking.in_turn else 1) for step in plan.steps]
-    accesses: list[Key] = []
     compute: list[float] = []
     lasts: list[int] = []  # the last access of each step
     for step, count in zip(plan.steps, passes, strict=True):
-        seconds_each = step.num_forwards * plan.flops_per_forward / count / blocks / rates.dit_flops
-        accesses += [(step.expert, index) for _ in range(count) for index in range(blocks)]
+        seconds_each = plan.flops_of(step) / count / blocks / rates.dit_flops
         compute += [seconds_each] * (count * blocks)
-        lasts.append(len(accesses) - 1)
-    schedule = plan_moves(accesses, budget.num_slots)
-    timeline = simulate(schedule, compute, [sizes.slot / rates.link] * len(schedule.moves))
+        lasts.append(len(compute) - 1)
+    schedule = _schedule(plan, budget)
+    reads = _reads(plan, sizes, budget)
+    waiting = [Reading(read.num_bytes / rates.disk, read.is_kept) for read in reads]
+    if budget.is_in_place:  # each is read where it is used, and nothing is computed meanwhile
+        compute = [seconds + reading.seconds for seconds, reading in zip(compute, waiting, strict=True)]
+        waiting = []
+    timeline = simulate(schedule, compute, [sizes.slot / rates.link] * len(schedule.moves), waiting)
     ends = [timeline.accesses[last].end for last in lasts]
     lasting = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
-    firsts = {next(step.index for step in plan.steps if step.expert == name) for name in plan.steps_per_expert}
+    firsts = _first_steps(plan)
     later = [seconds for index, seconds in enumerate(lasting) if index not in firsts] or lasting
     switch = max(firsts)
-    text_blocks = config.text.num_layers * sizes.text_slot / rates.link
     seconds = {
-        "text": text_blocks,
+        "text": config.text.num_layers * sizes.text_slot / rates.link,
         **({"picture": _encode_flops(config, plan, budget) / rates.vae_flops} if plan.image_size is not None else {}),
         "steps": timeline.seconds,
         "decode": _decode_flops(config, plan, budget) / rates.vae_flops,
@@ -96,8 +109,84 @@ def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget,
         seconds_per_step=sum(later) / len(later),
         stall=sum(timeline.stalls),
         copied=len(schedule.moves) * sizes.slot,
+        reading=None if math.isinf(rates.disk) else sum(read.num_bytes for read in reads) / rates.disk,
+        is_reading_measured=rates.is_disk_measured,
         switch_stall=sum(timeline.stalls[lasts[switch - 1] + 1 : lasts[switch] + 1]) if switch else 0.0,
         source=rates.source,
+        dense=None if plan.attention_density == 1 else _dense_seconds(config, plan, sizes, budget, rates),
+    )
+
+
+def _dense_seconds(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget, rates: Rates) -> float:
+    return predict(config, replace(plan, attention_density=1.0), sizes, budget, rates).seconds["steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileReads:
+    """How often blocks of the diffusion transformers are read from their files, in a run that begins with none."""
+
+    loads: int
+    num_bytes: int
+    blocks: int  # there are; each of them once is the least
+    loads_per_step: float  # of the steps but the first of each expert, on average
+    bytes_per_step: float
+
+
+def count_reads(plan: Plan, sizes: WeightSizes, budget: Budget) -> FileReads:
+    """Count what a run reads from files, by its own order of uses, moves and host store."""
+    reads = _reads(plan, sizes, budget)
+    accesses = budget.num_blocks * sum(count for _, count in passes_of(plan, budget.chunking))
+    uses: Sequence[int] = range(accesses)
+    if not budget.is_in_place:
+        uses = [move.first_use for move in _schedule(plan, budget).moves]
+    passes = [(step.num_forwards if budget.chunking.in_turn else 1) for step in plan.steps]
+    ends = list(accumulate(count * budget.num_blocks for count in passes))
+    by_step = Counter(bisect_right(ends, use) for read, use in zip(reads, uses, strict=True) if read.num_bytes)
+    later = [index for index in range(len(ends)) if index not in _first_steps(plan)] or [0]
+    per_step = sum(by_step[index] for index in later) / len(later)
+    return FileReads(
+        loads=sum(by_step.values()),
+        num_bytes=sum(read.num_bytes for read in reads),
+        blocks=budget.num_experts * budget.num_blocks,
+        loads_per_step=per_step,
+        bytes_per_step=per_step * sizes.file_block,
+    )
+
+
+def reads_to_dict(reads: FileReads) -> dict[str, Any]:
+    """Return the count as JSON-able values."""
+    return asdict(reads) | {"source": "computed"}
+
+
+def _first_steps(plan: Plan) -> set[int]:
+    """The first step of each expert, which waits for its weights."""
+    return {next(step.index for step in plan.steps if step.expert == name) for name in plan.steps_per_expert}
+
+
+def _schedule(plan: Plan, budget: Budget) -> Schedule:
+    accesses = [
+        (expert, index)
+        for expert, count in passes_of(plan, budget.chunking)
+        for _ in range(count)
+        for index in range(budget.num_blocks)
+    ]
+    return plan_moves(accesses, budget.num_slots)
+
+
+def _reads(plan: Plan, sizes: WeightSizes, budget: Budget) -> tuple[Read, ...]:
+    """What each move reads from files, or each use where blocks are used in place."""
+    runs, blocks = passes_of(plan, budget.chunking), budget.num_blocks
+    if budget.is_in_place:
+        return reads_in_place(runs, blocks, block_bytes=sizes.slot, file_bytes=sizes.file_block, room=budget.host_room)
+    return reads_of_moves(
+        runs,
+        blocks,
+        budget.num_slots,
+        block_bytes=sizes.slot,
+        is_mapped=sizes.is_mapped,
+        is_pinned=plan.device.startswith("cuda"),
+        file_bytes=sizes.file_block,
+        room=budget.host_room,
     )
 
 
@@ -110,7 +199,10 @@ def prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
         "stall": prediction.stall,
         "switch_stall": prediction.switch_stall,
         "total": prediction.total,
+        "steps_with_dense_attention": prediction.dense,
         "bytes_copied": prediction.copied,
+        "reading": prediction.reading,
+        "reading_source": "measured" if prediction.is_reading_measured else "assumed",
     }
 
 

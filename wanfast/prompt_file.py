@@ -25,6 +25,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "solver": (str,),
     "seed": (int,),
     "fps": (int,),
+    "attention_density": (int, float),
 }
 _KINDS = {(str,): "text", (int,): "a whole number", (int, float): "a number"}
 _TEXTS = ("prompt", "image", "output")

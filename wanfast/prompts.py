@@ -8,14 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wanfast.budget import gigabytes
 from wanfast.denoise import OnProgress
 from wanfast.errors import MemoryBudgetError
 from wanfast.loaded import LoadedModel
 from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.plan import Plan
 from wanfast.prompt_cache import context_file, read_context, write_context
-from wanfast.residency import free_memory
+from wanfast.residency import free_memory, gigabytes
 from wanfast.residency.residency import MIN_SLOTS
 from wanfast.text.memory import text_activations
 from wanfast.text.tokenizer import clean_prompt, tokenize
@@ -76,7 +75,7 @@ def _encode(model: LoadedModel, prompts: Sequence[Ids], progress: OnProgress) ->
 
 def _less(model: LoadedModel, prompts: Sequence[Ids], failure: OutOfMemory) -> int:
     """Let weights go that are not the encoder's, or take fewer prompts at a time: give how many."""
-    if model.release():
+    if model.release_device():
         remedy, at_once = "without the other weights", len(prompts)
     elif len(prompts) > 1:
         remedy, at_once = "with fewer prompts at a time", len(prompts) // 2

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from wanfast.config import ModelConfig
+from wanfast.machines import DISK
 from wanfast.plan import Plan, Precision
 from wanfast.predict import Rates, decode_chunk_flops
 from wanfast.prompt_cache import cache_folder
@@ -90,7 +91,8 @@ def measured_rates(config: ModelConfig, device: str, precision: Precision, link:
     entry = _read().get(_key(config, device, precision), {})
     if not entry.get("dit") or not entry.get("vae"):
         return None
-    return Rates(statistics.median(entry["dit"]), statistics.median(entry["vae"]), link, "measured")
+    dit, vae = statistics.median(entry["dit"]), statistics.median(entry["vae"])
+    return Rates(dit, vae, link, "measured", disk=DISK)
 
 
 def _dit_rates(plan: Plan, clock: StageClock) -> list[float]:
@@ -100,7 +102,7 @@ def _dit_rates(plan: Plan, clock: StageClock) -> list[float]:
     rates = []
     for index, seconds in clock.parts("steps"):
         if index not in firsts and seconds > MIN_SECONDS:
-            rates.append(plan.steps[index].num_forwards * plan.flops_per_forward / seconds)
+            rates.append(plan.flops_of(plan.steps[index]) / seconds)
     return rates
 
 

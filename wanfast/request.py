@@ -52,6 +52,7 @@ class Request:
     solver: SolverName | None = None
     seed: int | None = None  # None and -1: a new one for each run
     fps: int | None = None
+    attention_density: float | None = None  # share of the blocks of keys that are attended to; None: all
 
 
 def parse_size(text: str, config: ModelConfig) -> tuple[int, int]:
@@ -291,6 +292,28 @@ def resolve_shift(request: Request, config: ModelConfig) -> float:
 def resolve_solver(request: Request, config: ModelConfig) -> SolverName:
     """Settle the solver; RequestError names the known ones."""
     return config.solver if request.solver is None else _solver(request.solver)
+
+
+def resolve_attention_density(request: Request, num_steps: int) -> float:
+    """Settle the share of the blocks of keys that a block of queries attends to, above 0 up to 1, which is all.
+
+    Raises:
+        RequestError: another number, or less than 1 for a single step, whose attention is dense.
+    """
+    if request.attention_density is None:
+        return 1.0
+    density = _finite("attention_density", request.attention_density, 0.5)
+    if not 0 < density <= 1:
+        raise RequestError(
+            f"attention_density: must be above 0, up to 1 (all keys), got {request.attention_density!r};"
+            " for example 0.5"
+        )
+    if density < 1 and num_steps == 1:
+        raise RequestError(
+            f"attention_density: must be 1 for a single step, as early steps are dense, got {density:g};"
+            " take 2 steps or more"
+        )
+    return density
 
 
 def resolve_seed(request: Request) -> int:

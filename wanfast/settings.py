@@ -40,7 +40,7 @@ class Recorded:
 
     request: Request
     model: str  # name, such as t2v-A14B
-    model_path: str | None  # None is the built-in tiny model, unless there are files
+    model_path: str | None  # or the name of a built-in model; None is wan-tiny, unless there are files
     model_files: dict[str, str]  # of parts named one by one, by the names of `wanfast.load`'s arguments
     precision: str
     image_path: str | None
@@ -69,7 +69,7 @@ def settings_of(
     Args:
         plan: of the video.
         version: of wanfast.
-        model_path: folder of the model; None is the built-in tiny one.
+        model_path: folder of the model, or its name if it is built in; None for files alone.
         image: the conditioning picture, if there was one.
         image_path: where it came from, if from a file.
         is_repeatable: whether prompts and seed are all the video came from (no latents or encodings of the caller's).
@@ -94,7 +94,8 @@ def read_recorded(settings: dict[str, Any], clip: str | Path) -> Recorded:
     """Turn the settings embedded in a clip back into a request.
 
     Every field that `settings_of` writes must be there and have its type: a default in place of one that was lost
-    would make another video without a word. Whether a value suits the model is checked as it is for a user's.
+    would make another video without a word. Only what came later may be missing: a clip without it is older. Whether a
+    value suits the model is checked as it is for a user's.
 
     Args:
         settings: as `settings_of` made them, read from the clip; anybody may have written them.
@@ -141,6 +142,8 @@ def _check_fields(values: Any, rules: Mapping[str, Rule], what: str, clip: str |
     for name, (is_right, expected) in rules.items():
         full = name if what == "settings" else f"{what}.{name}"
         if name not in values:
+            if name in _LATER:
+                continue
             raise MediaError(f"{clip}: its settings are damaged: {full} is missing")
         if not is_right(values[name]):
             raise MediaError(f"{clip}: its settings are damaged: {full} must be {expected}, got {_short(values[name])}")
@@ -226,6 +229,7 @@ _LORA_RULES: dict[str, Rule] = {
     "is_rank_stabilised": _FLAG,
     "is_merged": _FLAG,
 }
+_LATER = ("attention_density",)  # in clips from before it, attention is dense
 _REQUEST_RULES: dict[str, Rule] = {
     "prompt": _or_none(_TEXT),
     "negative_prompt": _TEXT,
@@ -241,4 +245,5 @@ _REQUEST_RULES: dict[str, Rule] = {
     "solver": _one_of(*get_args(SolverName)),
     "seed": (lambda value: _is_integer(value) and value >= 0, "an integer from 0"),
     "fps": _INTEGER,
+    "attention_density": _NUMBER,
 }

@@ -170,7 +170,10 @@ def _makers(arguments: argparse.Namespace, own: dict[str, Any], loras: Sequence[
         source = pipeline(tier.precision)
 
         def make(caption: str, seed: int) -> Frames:
-            video = source.generate(caption, seed=seed, preset=tier.preset, loras=loras, **settings)
+            density = tier.attention_density
+            video = source.generate(
+                caption, seed=seed, preset=tier.preset, attention_density=density, loras=loras, **settings
+            )
             assert isinstance(video, Video)  # latents only where they are asked for
             return video.frames.numpy()
 

@@ -38,6 +38,7 @@ class WeightSizes:
     is_mapped: bool = (
         True  # whether blocks lie in their files as they are used: on the host they are then pages of these
     )
+    file_block: int = 0  # bytes of a block in its file
     loading: int = 0  # bytes of the host that blocks take while they are loaded, beside those that are kept
     loras: int = 0  # what LoRAs add to the expert that is used
 
@@ -66,14 +67,16 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
     is_mapped = stored not in _FLOATS or _FLOATS[stored] == itemsize
     if precision in EIGHT_BIT and stored in (*_FLOATS, *EIGHT_BIT):
         is_mapped = stored == precision
+    in_file = stored
     if stored in _FLOATS:
         stored = "bf16" if itemsize == 2 else "fp32"
     if precision in EIGHT_BIT and stored in ("bf16", *EIGHT_BIT):
         stored = precision
-    block, outer, text = [], 0, []
+    block, file_block, outer, text = [], 0, 0, []
     for name, shape in dit_weights.expected_tensors(config.dit).items():
         if name.startswith("blocks.0."):
             block += _tensor_bytes(shape, stored, itemsize)
+            file_block += sum(_tensor_bytes(shape, in_file, _FLOATS.get(in_file, itemsize)))
         elif not name.startswith("blocks."):
             outer += math.prod(shape) * (4 if dit_weights.is_fp32(name) else itemsize)
     for name, shape in text_weights.expected_tensors(config.text).items():
@@ -89,6 +92,7 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
         stored=stored,
         is_expanded=stored not in (*_FLOATS, precision),
         is_mapped=is_mapped,
+        file_block=slot if is_mapped else file_block,
         loading=0 if is_mapped else loading_bytes(config, precision, slot),
     )
 
@@ -117,6 +121,16 @@ def largest_block(reader: Reader, dtype: torch.dtype, *, in_8_bits: bool = False
         if name.startswith("blocks."):
             sizes.setdefault(name.split(".")[1], []).extend(_stored_bytes(reader, name, dtype, in_8_bits))
     return max(packed_bytes(block) for block in sizes.values())
+
+
+def largest_in_file(reader: Reader) -> int:
+    """Bytes of the file that the largest block is read from, from the headers alone."""
+    sizes: dict[str, int] = {}
+    for name in reader.names():
+        if name.startswith("blocks."):
+            block = name.split(".")[1]
+            sizes[block] = sizes.get(block, 0) + reader.ref(name).num_bytes
+    return max(sizes.values())
 
 
 def vae_bytes(config: ModelConfig, half: Half) -> int:

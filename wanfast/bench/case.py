@@ -1,5 +1,6 @@
 """What a benchmark runs: one request, the weights, the tiers; settled before anything is loaded."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -37,9 +38,11 @@ class Tier:
     name: str
     precision: Precision
     preset: str | None = None  # whose steps, solver, shift and guidance stand in place of the case's own
+    attention_density: float | None = None  # the case itself has dense attention, as the reference has
 
     def apply(self, request: Request) -> Request:
         """Give the request as this tier runs it."""
+        request = replace(request, attention_density=self.attention_density)
         if self.preset is None:
             return request
         opened: dict[str, Any] = {name: None for name in _SAMPLING}  # a preset fills in what is open
@@ -73,14 +76,14 @@ class Case:
 
 
 def parse_tiers(text: str | None, device: torch.device) -> tuple[Tier, ...]:
-    """Read tiers such as "exact,fp32", "lightning4" or "exact+lightning4".
+    """Read tiers such as "exact,fp32", "lightning4", "density0.5" or "int8+lightning4+density0.5".
 
     Args:
-        text: names of precisions and presets; None is the precision of the reference.
-        device: whose precision a preset alone has.
+        text: names of precisions, presets and attention densities; None is the precision of the reference.
+        device: whose precision a tier without one has.
 
     Raises:
-        RequestError: one of them is neither, or is named twice.
+        RequestError: one of them is none of these, has two of a kind, or is named twice.
     """
     usual: Precision = "exact" if device.type == "cuda" else "fp32"
     if text is None:
@@ -93,14 +96,18 @@ def parse_tiers(text: str | None, device: torch.device) -> tuple[Tier, ...]:
 
 
 def _tier(name: str, usual: Precision) -> Tier:
-    first, plus, second = name.partition("+")
-    precision, preset = (first, second) if plus else (usual, first) if first in PRESETS else (first, None)
-    if precision not in get_args(Precision) or (preset is not None and preset not in PRESETS):
+    precisions, presets = "|".join(get_args(Precision)), "|".join(PRESETS)
+    rule = rf"(?P<precision>{precisions})?(?P<preset>\+(?:{presets}))?(?P<density>\+density(?:0?\.\d+|1))?"
+    match = re.fullmatch(rule, name if name.partition("+")[0] in get_args(Precision) else f"+{name}")
+    density = float(match["density"].removeprefix("+density")) if match and match["density"] else None
+    if match is None or density == 0:
         raise RequestError(
-            f"tiers: each must be a precision ({', '.join(get_args(Precision))}), a preset ({', '.join(PRESETS)}), or"
-            f" both as PRECISION+PRESET, got {name!r}"
+            f"tiers: each must be a precision ({', '.join(get_args(Precision))}), a preset ({', '.join(PRESETS)}), an"
+            " attention density (density0.5, above 0, up to 1), or a sum of them in this order, like int8+density0.5,"
+            f" got {name!r}"
         )
-    return Tier(name, cast(Precision, precision), preset)
+    preset = match["preset"] and match["preset"].removeprefix("+")
+    return Tier(name, cast(Precision, match["precision"] or usual), preset, density)
 
 
 def plan_of(case: Case, tier: Tier | None = None) -> Plan:

@@ -17,7 +17,8 @@ from wanfast.bench.measure import Footprint, Meter, Stopwatch
 from wanfast.forecast import budget_here
 from wanfast.generation import Inputs, decode_frames, generate_latents
 from wanfast.loaded import LoadedModel
-from wanfast.lora import Lora, open_loras
+from wanfast.lora import Lora
+from wanfast.pipeline import open_loras_for
 from wanfast.plan import Plan
 from wanfast.text.tokenizer import clean_prompt, tokenize
 from wanfast.text.umt5 import encode_texts
@@ -84,7 +85,7 @@ class WanfastEngine:
         """Open the weights and settle the plan, and hold it to the memory that is free."""
         self._model = open_case(self._case, self._tier.precision)
         self._plan = plan_of(self._case, self._tier)
-        self._loras = open_loras(self._case.loras, self._model.config, self._model.model.experts)
+        self._loras = open_loras_for(self._model.model, self._case.loras, self._tier.preset)
         budget_here(self._model, self._plan, self._loras)
 
     @torch.no_grad()

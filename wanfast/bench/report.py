@@ -101,9 +101,9 @@ def _finding(kind: str, engine: str, says: str, stage: str | None = None) -> dic
 
 
 def _wrong(case: Case, result: Result, difference: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a video, if it is; a tier with another schedule makes another one, which may be right."""
+    """Say what is wrong with a video, if it is; another schedule or density makes another one, which may be right."""
     tier = result.contender.tier
-    if tier is None or tier.preset is not None:
+    if tier is None or tier.preset is not None or plan_of(case, tier).attention_density < 1:
         return None
     worst, psnr, to = difference["worst_pixel"], difference["psnr"], difference["to"]
     if to == "diffusers" and tier.precision == case.reference_precision == "fp32":
@@ -161,7 +161,7 @@ def _engine(
     is_ours = contender.role == "wanfast"
     per_forward = [value for run in result.warm if (value := _seconds_per_forward(run, plan)) is not None]
     peak = peaks[peak_dtype(plan.precision)]
-    rate = plan.flops_per_forward / statistics.median(per_forward) if per_forward else None
+    rate = plan.flops / plan.num_forwards / statistics.median(per_forward) if per_forward else None
     warm = [stage_seconds(run, plan) for run in result.warm]
     return {
         "name": contender.name,

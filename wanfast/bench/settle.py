@@ -1,6 +1,8 @@
 """From a command line to a case: the model, the picture, the request, the tiers; refused by name what cannot be run."""
 
 import argparse
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,8 +12,8 @@ import torch
 from PIL import Image
 
 from wanfast.bench.case import PLACEMENTS, Case, Placement, ReferencePrecision, Weights, parse_tiers, plan_of
+from wanfast.bench.measure import Peak, peak_dtype
 from wanfast.bench.random_model import tiny_of
-from wanfast.budget import gigabytes
 from wanfast.checkpoint.lookup import Sources
 from wanfast.command_parts import request_for, sources_of
 from wanfast.config import MODELS, ModelConfig
@@ -20,11 +22,12 @@ from wanfast.host_memory import HOST_RESERVE_BYTES
 from wanfast.images import load_image
 from wanfast.lora import open_loras, parse_lora
 from wanfast.model import open_model
-from wanfast.pipeline import open_loaded
+from wanfast.pipeline import loras_for, open_loaded
 from wanfast.plan import make_plan
 from wanfast.request import Request, parse_size
-from wanfast.residency import parse_bytes
+from wanfast.residency import gigabytes, parse_bytes
 from wanfast.residency.memory import free_host_memory
+from wanfast.text.weights import expected_tensors as text_tensors
 from wanfast.weight_sizes import weight_sizes
 
 PROMPT = "a red circle moves left"
@@ -47,7 +50,8 @@ def settle_case(arguments: argparse.Namespace) -> Case:
     if weights in ("random", "tiny random"):
         row = _row(arguments.model)
         config = row if weights == "random" else tiny_of(row, config)
-    loras = tuple(parse_lora(text) for text in arguments.lora)
+    named = arguments.lora if "random" in weights else loras_for(opened.model, arguments.lora, arguments.preset)
+    loras = tuple(parse_lora(text) for text in named)
     open_loras(loras, config)  # what fits no layer is refused here
     request, picture = _settle_request(arguments, config)
     automatic: ReferencePrecision = "bf16" if opened.device.type == "cuda" else "fp32"
@@ -165,6 +169,33 @@ def _copies_reference(case: Case) -> bool:
     reader = next(iter(open_model(case.sources).experts.values()))
     ref = reader.ref("blocks.0.self_attn.q.weight")
     return ref.stored_as is not None or ref.dtype != wanted
+
+
+def least_seconds(case: Case, peaks: Mapping[torch.dtype, Peak]) -> float:
+    """Compute what all runs take at the least: their largest products, at the best rate of the device.
+
+    Counted are the transformer's operations of every engine, and what diffusers' text encoder makes of prompts that it
+    pads to their full length. Not counted: the VAE, wanfast's shorter prompts, loading and drawing weights.
+
+    Args:
+        case: settled.
+        peaks: of the device, by the dtype that `peak_dtype` gives.
+    """
+    reference = plan_of(case)
+    layers = text_tensors(case.config.text)
+    text = sum(math.prod(shape) for name, shape in layers.items() if name.startswith("blocks."))
+    prompts = 2 if reference.num_forwards > len(reference.steps) else 1
+    seconds = 2 * text * case.config.dit.text_len * prompts / peaks[peak_dtype(reference.precision)].flops
+    for plan in (reference, *(plan_of(case, tier) for tier in case.tiers)):
+        seconds += plan.flops / peaks[peak_dtype(plan.precision)].flops
+    return (1 + case.warmup + case.runs) * seconds
+
+
+def duration(seconds: float) -> str:
+    """Say a time as one reads it: 40 s, 12 min, 3.5 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def notes(case: Case) -> list[str]:

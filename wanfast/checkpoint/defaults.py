@@ -28,6 +28,7 @@ class SamplingDefaults:
     guidance_low: float | None = None
     boundary: float | None = None  # sigma, between 0 and 1
     fps: int | None = None
+    preset_loras: Mapping[str, tuple[str, ...]] | None = None  # by preset, LoRA files that its steps need
 
 
 def read_sampling_defaults(folder: Path) -> SamplingDefaults:
@@ -37,7 +38,12 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
         CheckpointError: the file cannot be read, or a key or a value in it is not one wanfast knows.
     """
     path = folder / FILE_NAME
-    return parse_sampling_defaults(read_json(path), path) if path.exists() else SamplingDefaults()
+    defaults = parse_sampling_defaults(read_json(path), path) if path.exists() else SamplingDefaults()
+    for preset, files in (defaults.preset_loras or {}).items():
+        for file in files:
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder / file}: is missing, which {path} names for preset {preset}")
+    return defaults
 
 
 def parse_sampling_defaults(content: Mapping[str, Any], path: Path) -> SamplingDefaults:
@@ -53,13 +59,19 @@ def parse_sampling_defaults(content: Mapping[str, Any], path: Path) -> SamplingD
         rule = _broken_rule(key, value)
         if rule:
             raise CheckpointError(f"{path}: {key}: must be {rule}, got {value!r}")
-    return SamplingDefaults(**content)
+    loras = content.get("preset_loras")
+    named = None if loras is None else {preset: tuple(files) for preset, files in loras.items()}
+    return SamplingDefaults(**{**content, "preset_loras": named})
 
 
 def _broken_rule(key: str, value: Any) -> str:
     """The rule that a value breaks, or nothing."""
     if key == "name":
         return "" if isinstance(value, str) and value else "a text"
+    if key == "preset_loras":
+        is_right = isinstance(value, dict) and all(isinstance(files, list) for files in value.values())
+        named = [file for files in value.values() for file in files] if is_right else [None]
+        return "" if all(isinstance(file, str) and file for file in named) else "lists of files by preset"
     if key in _LARGEST:
         return "" if type(value) is int and 1 <= value <= _LARGEST[key] else f"a whole number from 1 to {_LARGEST[key]}"
     is_number = type(value) in (int, float) and math.isfinite(value)

@@ -13,6 +13,7 @@ from wanfast.checkpoint.part import KIND_NAMES, PartKind, open_parts
 from wanfast.checkpoint.reader import Reader
 from wanfast.checkpoint.variant import dit_channels, num_blocks, task_by_channels
 from wanfast.errors import CheckpointError
+from wanfast.tiny import tiny_files
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -35,7 +36,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if path.is_file() or nearby.is_dit_folder(path):
         return {"path": str(path), "what": "file", "parts": _describe_file(path)}
-    checkpoint = find_checkpoint(Sources(model=path)) if path.exists() else _absent(path)
+    is_known = path.exists() or tiny_files(str(path)) is not None
+    checkpoint = find_checkpoint(Sources(model=path)) if is_known else _absent(path)
     parts = {str(name): _describe_part("dit", reader, expert=name) for name, reader in checkpoint.experts.items()}
     parts |= {"text": _describe_part("text", checkpoint.text), "vae": _describe_part("vae", checkpoint.vae)}
     defaults = {

@@ -69,6 +69,7 @@ class Checkpoint:
     defaults: SamplingDefaults
     notes: tuple[str, ...] = ()  # what was decided by names and places, for the user to see
     made_from: tuple[str, ...] = ()  # names of the files it was converted from
+    written_for: str | None = None  # the precision it was converted for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

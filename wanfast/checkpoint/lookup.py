@@ -27,6 +27,7 @@ from wanfast.checkpoint.variant import (
 )
 from wanfast.config import ExpertName, Task
 from wanfast.errors import CheckpointError, RequestError
+from wanfast.tiny import tiny_files
 
 _LOG = logging.getLogger(__name__)
 _FLAGS: dict[ExpertName, str] = {"high_noise": "high", "low_noise": "low"}
@@ -63,14 +64,15 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
     Args:
         sources: `model` is a folder in the official, Diffusers or wanfast's own layout, a ComfyUI folder with
             `diffusion_models/`, one file or the folder of one DiT's shards or blocks (of a pair, the other is found by
-            its name), an alias such as `t2v-a14b`, or a Hub id. `high` and `low` name the experts' files or folders
-            instead. The other parts are the model's own unless named; for single files they are looked for beside them
-            and in ComfyUI's folders.
+            its name), an alias such as `t2v-a14b`, the name of a built-in model, or a Hub id. `high` and `low` name the
+            experts' files or folders instead. The other parts are the model's own unless named; for single files they
+            are looked for beside them and in ComfyUI's folders.
 
     Raises:
         RequestError: the sources contradict each other.
         CheckpointError: a part is not found, cannot be read, or does not fit the others.
     """
+    sources = _of_built_in(sources)
     given = _given(sources)
     model = None if sources.model is None else Path(sources.model).expanduser()
     experts = {name: Path(path).expanduser() for name, path in _named_experts(sources).items()}
@@ -86,6 +88,15 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
     if model.is_dir() and nearby.comfy_root(model) in (model, model / "models"):
         return _from_comfy(model, given)
     return _from_folder(model, given) if model.exists() else _from_hub(str(sources.model), given)
+
+
+def _of_built_in(sources: Sources) -> Sources:
+    """Put the files of a built-in model in place of its name, unless a path is called like it."""
+    files = None if sources.model is None or Path(sources.model).exists() else tiny_files(str(sources.model))
+    if files is None:
+        return sources
+    named = {name: value for name in Sources.__slots__ if (value := getattr(sources, name)) is not None}
+    return Sources(**{**files, **named, "model": files["model"]})
 
 
 def _is_dit_folder(path: Path) -> bool:

@@ -115,6 +115,7 @@ def open_ready(folder: Path, given: Given) -> Checkpoint:
         | ({} if given.text is not None else {"text": content["text"]}),
         defaults=parse_sampling_defaults(content["defaults"], source),
         made_from=tuple(content["made_from"]),
+        written_for=content["precision"],
     )
 
 

@@ -180,6 +180,7 @@ def _scaled_ref(weight: TensorRef, scale: TensorRef | None, *, kind: str = "") -
         load=partial(_load_scaled, weight, scale, kind),
         stored_as=weight.dtype_name,
         stored_bytes=weight.num_bytes + scale_bytes,
+        is_ready=kind in (_ROTATED, _NARROW),
     )
 
 

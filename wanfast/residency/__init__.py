@@ -9,7 +9,7 @@ mover.py      the thread that moves them
 residency.py  the class that owns all of it
 """
 
-from wanfast.residency.memory import free_memory, map_tensors, parse_bytes, to_device, weight_bytes
+from wanfast.residency.memory import free_memory, gigabytes, map_tensors, parse_bytes, to_device, weight_bytes
 from wanfast.residency.mover import Traffic
 from wanfast.residency.packing import packed_bytes
 from wanfast.residency.residency import Residency
@@ -18,6 +18,7 @@ __all__ = [
     "Residency",
     "Traffic",
     "free_memory",
+    "gigabytes",
     "map_tensors",
     "packed_bytes",
     "parse_bytes",

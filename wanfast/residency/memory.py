@@ -15,6 +15,7 @@ from wanfast.errors import RequestError
 Block = TypeVar("Block")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_WRITTEN = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}
 
 
 def parse_bytes(argument: str, text: str | int) -> int:
@@ -36,6 +37,16 @@ def parse_bytes(argument: str, text: str | int) -> int:
     if amount <= 0:
         raise RequestError(f"{argument}: must be an amount of memory, got {text!r}; for example 24GB or 16GiB")
     return amount
+
+
+def gigabytes(size: int) -> str:
+    """Write an amount of memory as people read it: gigabytes for all that is of weight beside a model."""
+    if size < 1000:
+        return f"{size} bytes"
+    for limit, unit in ((10**6, "kB"), (10**7, "MB"), (10**12, "GB"), (10**15, "TB")):
+        if size < limit:
+            return f"{size / _WRITTEN[unit]:.2f} {unit}"
+    return f"{size / _WRITTEN['PB']:,.2f} PB"
 
 
 def map_tensors(weights: Block, change: Callable[[Tensor], Tensor]) -> Block:

@@ -6,6 +6,7 @@ that frees its slot, an access for the move that brings its block.
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class Mover:
         self.copied_bytes = 0
         self.waited_seconds = 0.0  # by the thread that computes
         self._needed = _needed_moves(schedule)
-        self._is_copied_again = _copied_again(schedule)
+        self._is_copied_again = copied_again([move.key for move in schedule.moves])
         store.expect([move.key for move in schedule.moves])
         work = [self._work, self._load_ahead] if loads_ahead else [self._work]
         # Daemons: should nobody stop them, they do not keep the process from ending.
@@ -191,11 +192,11 @@ def _needed_moves(schedule: Schedule) -> list[int]:
     return needed
 
 
-def _copied_again(schedule: Schedule) -> list[bool]:
-    """For each move, whether the same block is moved once more after it."""
+def copied_again(keys: Sequence[Key]) -> list[bool]:
+    """For each of some moves, by their blocks, whether the same block is moved once more after it."""
     seen: set[Key] = set()
     again = []
-    for move in reversed(schedule.moves):
-        again.append(move.key in seen)
-        seen.add(move.key)
+    for key in reversed(keys):
+        again.append(key in seen)
+        seen.add(key)
     return again[::-1]

@@ -225,10 +225,13 @@ class HostStore:
             file.close()
         self._files.clear()
 
+    def _free(self) -> int:
+        return free_host_memory()
+
     def _has_room(self, num_bytes: int) -> bool:
         if num_bytes == 0:
             return True
-        left = free_host_memory() - RESERVE_BYTES
+        left = self._free() - RESERVE_BYTES
         return num_bytes <= (left if self._limit is None else min(left, self._limit - self._taken))
 
     def _make_room(self, num_bytes: int, needed_at: float) -> bool:
