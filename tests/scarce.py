@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference.tiny import random_folder
 from safetensors.torch import save_file
 
 import wanfast
 from wanfast.plan import Plan
 from wanfast.request import Request
 from wanfast.residency import Residency
-from wanfast.tiny import tiny_folder
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 1}
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -35,9 +35,9 @@ def blocks_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(num_slots: int) -> wanfast.Pipeline:
-    """wan-tiny on the CPU with so many slots."""
-    size = wanfast.load(tiny_folder(), device="cpu").loaded.block_bytes
-    return wanfast.load(tiny_folder(), device="cpu", vram=num_slots * size)
+    """A model of random weights on the CPU with so many slots."""
+    size = wanfast.load(random_folder(), device="cpu").loaded.block_bytes
+    return wanfast.load(random_folder(), device="cpu", vram=num_slots * size)
 
 
 def failing(own: Callable[..., Any], error: Callable[[], Exception], calls: set[int] | None) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def plans(pipeline: wanfast.Pipeline, texts: list[str]) -> list[Plan]:
 
 def write_lora(file: Path, rank: int) -> Path:
     """Of one layer of both experts."""
-    dim = wanfast.load(tiny_folder(), device="cpu").loaded.config.dit.dim
+    dim = wanfast.load(random_folder(), device="cpu").loaded.config.dit.dim
     factors = {"lora_A.weight": torch.full((rank, dim), 0.01), "lora_B.weight": torch.full((dim, rank), 0.01)}
     save_file({f"diffusion_model.blocks.0.self_attn.q.{name}": t for name, t in factors.items()}, file)
     return file

@@ -196,6 +196,17 @@ def test_a_replaced_forward(case: Case, is_offloaded: bool) -> None:
     assert type(case.pipe.transformer) is WanTransformer3DModel
 
 
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+def test_a_layer_of_a_class_of_ones_own(case: Case) -> None:
+    case.pipe.transformer.blocks[0].attn1.to_v.__class__ = ScaledLinear
+    with pytest.raises(RequestError, match=r"^transformer: its layers must be diffusers' own, .* got a ScaledLinear"):
+        wanfast.accelerate(case.pipe)
+
+
 PATCHED = {
     "model": (WanTransformer3DModel, "forward", "^transformer: its forward must be diffusers' own"),
     "block": (WanTransformerBlock, "forward", "^transformer: its layers .* another forward put into WanTransformerB"),

@@ -106,6 +106,7 @@ def test_a_gpu_keeps_its_blocks_where_the_decoder_leaves_them_room(fits: bool, m
     jobs = jobs_of(pipeline)
     model = SimpleNamespace(
         device=torch.device("cuda"),
+        precision=jobs[0].plan.precision,
         config=pipeline.loaded.config,
         release_experts=lambda: told.append("release"),
         reading_ahead=lambda experts: told.append(("to the host", *experts)),

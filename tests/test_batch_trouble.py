@@ -200,6 +200,7 @@ def update(self, state):
     own(self, state)
     states.append(state.next_step)
     if len(states) == 3:
+        finished()
         os.kill(os.getpid(), signal.SIGKILL)
 run_state.RunKeeper.update = update
 """,

@@ -10,6 +10,7 @@ from reference.tiny import random_tiny
 
 import wanfast
 from wanfast.__main__ import main
+from wanfast.convert import convert_model
 from wanfast.errors import CheckpointError
 from wanfast.lora import file_digest
 from wanfast.model import open_model
@@ -86,15 +87,27 @@ def test_batches_and_plans_have_them_too(folder: Path, tmp_path: Path, capsys: p
     assert "LoRAs" in capsys.readouterr().out
 
 
+def test_a_conversion_takes_them_along(folder: Path, tmp_path: Path) -> None:
+    converted = convert_model(open_model(folder), tmp_path / "converted", "exact")
+    pair = {file_digest(file) for file in (folder / "lightning").iterdir()}
+    loras = open_model(converted).preset_loras["lightning4"]
+    assert {file_digest(file) for file in loras} == pair
+    assert all(file.is_relative_to(converted) for file in loras)
+    loras[0].unlink()
+    with pytest.raises(CheckpointError, match=r"is missing, which .* names for preset lightning4"):
+        open_model(converted)
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [
+        ({"lightnng4": []}, "preset_loras: must be for lightning4, got 'lightnng4'"),
         ({"lightning4": ["gone.safetensors"]}, r"gone\.safetensors: is missing, which .* names for preset lightning4"),
         ({"lightning4": "a.safetensors"}, "preset_loras: must be lists of files by preset"),
         ({"lightning4": [3]}, "preset_loras: must be lists of files by preset"),
         (["a.safetensors"], "preset_loras: must be lists of files by preset"),
     ],
-    ids=["gone", "text", "number", "list"],
+    ids=["misspelt", "gone", "text", "number", "list"],
 )
 def test_what_names_no_files_is_refused(value: object, told: str, tmp_path: Path) -> None:
     folder = random_tiny(tmp_path / "model")

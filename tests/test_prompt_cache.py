@@ -126,11 +126,11 @@ def test_a_small_encoder_is_not_cached(model: Path, folder: Path, monkeypatch: p
 
 
 def test_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(prompt_cache, "MAX_CACHE_BYTES", 40_000)
+    monkeypatch.setattr(prompt_cache, "MAX_CACHE_BYTES", 80_000)
     config = wanfast.load(device="cpu").loaded.config.text
     files = [folder / f"{index}.safetensors" for index in range(4)]
     for index, file in enumerate(files):
-        prompt_cache.write_context(file, torch.full((50, config.dim), float(index)))  # 12,800 bytes each
+        prompt_cache.write_context(file, torch.full((50, config.dim), float(index)))  # 25,600 bytes each
         os.utime(file, (1000 + index, 1000 + index))
         if index == 2:
             assert prompt_cache.read_context(files[0], 50, config, torch.float32) is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from reference.families import make_family
+from reference.tiny import random_folder
 from torch import Tensor
 
 import wanfast
@@ -26,7 +27,7 @@ ERROR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:
 
 @pytest.fixture(scope="module")
 def tiny() -> wanfast.Pipeline:
-    return wanfast.load(device="cpu")
+    return wanfast.load(random_folder(), device="cpu")
 
 
 @pytest.fixture(scope="module")

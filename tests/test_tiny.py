@@ -60,6 +60,28 @@ def test_a_picture_moves_as_its_caption_says(tmp_path: Path) -> None:
     assert -10 * np.log10(error) > 24  # its VAE gives clips back at 31 to 33 dB
 
 
+def test_its_name_means_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that happens to be called like it changes neither the default nor a clip's rerun."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan-tiny").mkdir()
+    for name in (None, "wan-tiny", "Wan-Tiny"):
+        pipeline = wanfast.load(name, device="cpu")
+        assert pipeline.loaded.model.path == tiny_folder()
+        assert pipeline.loaded.model.found_at == "wan-tiny"
+    for path in ("./wan-tiny", Path("wan-tiny")):
+        with pytest.raises(CheckpointError, match="is an empty folder"):
+            wanfast.load(path, device="cpu")
+
+
+def test_pictures_of_a_batch_are_for_the_model_that_takes_them(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "gray").save(tmp_path / "picture.png")
+    line = {"prompt": "a red circle moves up", "image": "picture.png", "output": "clip.mp4"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    words = ["generate", "--prompts", str(tmp_path / "prompts.jsonl"), "--steps", "2", "--quiet"]
+    assert main([*words, "-o", str(tmp_path)]) == 0
+    assert read_settings(tmp_path / "clip.mp4")["model"] == "wan-tiny-i2v"
+
+
 def test_diffusers_makes_the_same_clip_of_it() -> None:
     noise = torch.randn(16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = wanfast.load(device="cpu", precision="fp32").generate(CAPTIONS[0], num_inference_steps=6, latents=noise)

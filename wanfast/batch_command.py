@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wanfast.batch import Job, Made, generate_batch
-from wanfast.command_parts import note, request_for, sources_of
+from wanfast.command_parts import note, request_for, usual_sources
 from wanfast.errors import CheckpointError, MediaError, MemoryBudgetError, NumericsError, RequestError
 from wanfast.generation import Inputs
 from wanfast.images import load_image
@@ -61,7 +61,7 @@ def make_batch(arguments: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise RequestError(f"output: must be a folder with --prompts, got {folder}; make it first")
     model = open_loaded(
-        sources_of(arguments),
+        usual_sources(arguments, has_image=any(line.image is not None for line in lines)),
         precision=arguments.precision,
         vram=arguments.vram,
         ram=arguments.ram,
@@ -95,7 +95,7 @@ def _make_clips(
         except MemoryBudgetError as error:
             _log.warning("line %d: %s; the others are made", line.number, error)
             results.append({"line": line.number, "path": str(folder / name), "seed": None, "error": str(error)})
-    note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
+    note(arguments, *arguments.notes, *model.notes, *map(describe_lora, loras))
     if clips:
         warn_of_preset(model, clips[0].plan, loras)
     missing = [clip for clip in clips if not clip.is_there]
@@ -172,7 +172,7 @@ def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in values.items() if key != "wanfast"}
-        request = dict(kept.get("request") or {})
+        request = {"attention_density": 1.0, **(kept.get("request") or {})}  # which earlier clips do not state
         if not is_seed_given:
             request.pop("seed", None)
         as_read: dict[str, Any] = json.loads(json.dumps(kept | {"request": request}))  # tuples as lists

@@ -28,12 +28,12 @@ def sources_of(arguments: argparse.Namespace) -> Sources:
     return Sources(**{name: getattr(arguments, name) for name in Sources.__slots__})
 
 
-def usual_sources(arguments: argparse.Namespace) -> Sources:
+def usual_sources(arguments: argparse.Namespace, *, has_image: bool) -> Sources:
     """The same, or where nothing is named the built-in model, for a picture the one that takes pictures."""
     sources = sources_of(arguments)
     if sources != Sources():
         return sources
-    return Sources(model=NAME if arguments.image is None else IMAGE_NAME)
+    return Sources(model=IMAGE_NAME if has_image else NAME)
 
 
 def request_for(arguments: argparse.Namespace, config: ModelConfig, image: Image.Image | None) -> Request:

@@ -42,7 +42,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.task is not None and sources_of(arguments) == Sources():
         raise RequestError(f"model: must be given with --task, got none; add --model {arguments.task.lower()}")
     model = open_loaded(
-        usual_sources(arguments),
+        usual_sources(arguments, has_image=image is not None),
         precision=arguments.precision,
         vram=arguments.vram,
         ram=arguments.ram,
@@ -50,7 +50,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     )
     loras = open_loras_for(model.model, specs, arguments.preset, merge=arguments.merge_loras)
     plan = plan_for(model, request_for(arguments, model.config, image), loras)
-    note(arguments, *arguments.notes, *model.model.notes, *map(describe_lora, loras))
+    note(arguments, *arguments.notes, *model.notes, *map(describe_lora, loras))
     warn_of_preset(model, plan, loras)
     _make(arguments, model, plan, Inputs(image=image, loras=loras), absolute(arguments.image))
 
@@ -69,7 +69,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     output = arguments.output or f"{model.config.name}-{arguments.precision}"
     with Progress(is_shown=not arguments.quiet, unit="B") as progress:
         folder = convert_model(model, output, arguments.precision, on_progress=progress.update)
-    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     seconds = round(time.perf_counter() - started, 3)
     print(json.dumps({"path": str(folder), "bytes": num_bytes, "seconds": seconds}) if arguments.json else folder)
 
@@ -121,6 +121,11 @@ def _repeat(arguments: argparse.Namespace, recorded: Recorded, run: StoredRun | 
         if image_digest(image) != recorded.image_sha256 or image.size != recorded.request.image_size:
             raise RequestError(f"image: must be the picture the clip was made from, got {image_path}, which differs")
     sources = Sources(model=recorded.model_path, **recorded.model_files)
+    if sources == Sources() and arguments.model is None:
+        raise RequestError(
+            f"model: must be given, as the clip was made by a {recorded.model} of random weights that is no longer"
+            f" built in; add --model FOLDER, or make another clip"
+        )
     if arguments.model is not None:
         sources = Sources(model=arguments.model)
     model = open_loaded(

@@ -80,7 +80,8 @@ def convert_model(
                     told = _told(on_progress, name, packed_bytes(groups))
                     write_packed(building / name, groups, {"format": "pt", "precision": precision}, told)
             model.tokenizer.vocabulary.save(str(building / TOKENIZER))
-            write_manifest(building, model.config, precision, made_from=_names(model))
+            loras = _copy_loras(model, building)
+            write_manifest(building, model.config, precision, made_from=_names(model), preset_loras=loras)
             building.rename(target)  # from here on it is whole, whatever becomes of the note that it was not
             (target / _STATE).unlink(missing_ok=True)
     except OSError as error:
@@ -106,6 +107,17 @@ def _names(model: Model) -> list[str]:
     """The experts' files, which may say what a model was distilled to."""
     files = sorted({reader.ref(name).file for reader in model.experts.values() for name in reader.names()})
     return [*model.made_from, *(f"{file.parent.name}/{file.name}" for file in files)]
+
+
+def _copy_loras(model: Model, building: Path) -> dict[str, list[str]]:
+    """Take along the LoRAs that the model has for presets; by preset their places in the folder."""
+    copied: dict[str, list[str]] = {}
+    for preset, files in model.preset_loras.items():
+        copied[preset] = [f"{preset}/{file.name}" for file in files]
+        (building / preset).mkdir(exist_ok=True)
+        for file, place in zip(files, copied[preset], strict=True):
+            shutil.copyfile(file, building / place)
+    return copied
 
 
 @contextmanager

@@ -54,6 +54,12 @@ class LoadedModel:
         self._files = file_states(model.readers)
         self._prepare(precision)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided by names and places of files, and by what they hold, for the user to see."""
+        why = self.wish.reason
+        return (*self.model.notes, *(() if why is None else (f"precision {self.wish.precision}: {why}",)))
+
     def _prepare(self, precision: Precision) -> None:
         """Settle all that a precision decides; nothing is in memory then."""
         model, device = self.model, self.device

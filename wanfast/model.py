@@ -86,8 +86,8 @@ def _model_path(sources: Sources, checkpoint: Checkpoint) -> str | None:
     if sources.model is None:
         return None
     path = Path(sources.model).expanduser()
-    if not path.exists() and tiny_files(str(sources.model)) is not None:
-        return str(sources.model)  # every machine has its own: a clip must not name this one's folder
+    if tiny_files(sources.model) is not None:
+        return str(sources.model).lower()  # every machine has its own: a clip must not name this one's folder
     return str((path if path.exists() else checkpoint.path).absolute())
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -14,7 +13,7 @@ from wanfast.checkpoint.lookup import Sources
 from wanfast.config import SolverName
 from wanfast.denoise import OnProgress, OnStep
 from wanfast.dit.packed import multiplies_8_bit, multiplies_e4m3
-from wanfast.errors import RequestError
+from wanfast.errors import CheckpointError, RequestError
 from wanfast.forecast import plan_here
 from wanfast.generation import Inputs, OnPreview, generate_frames, generate_latents
 from wanfast.images import ImageSource, load_image
@@ -23,7 +22,7 @@ from wanfast.lora import Lora, LoraSpec, file_digest, open_loras
 from wanfast.model import Model, open_model, vae_parameters
 from wanfast.plan import EIGHT_BIT, Plan, Precision, Wish, dit_parameters, make_plan
 from wanfast.precision import wish_of_auto
-from wanfast.presets import apply_preset, preset_note
+from wanfast.presets import PRESETS, apply_preset, preset_note
 from wanfast.request import Request
 from wanfast.residency import parse_bytes
 from wanfast.settings import RecordedLora, settings_of
@@ -93,12 +92,12 @@ def open_loaded(
     budget = None if vram is None else parse_bytes("vram", vram)
     host_budget = None if ram is None else parse_bytes("ram", ram)
     opened = open_model(Sources(model=NAME) if sources == Sources() else sources)
+    if unknown := sorted(opened.preset_loras.keys() - PRESETS.keys()):
+        raise CheckpointError(f"{opened.path}: preset_loras: must be for {', '.join(PRESETS)}, got {unknown[0]!r}")
     if precision == "auto":
         wish = wish_of_auto(opened, place.type, has_e4m3=multiplies_e4m3(place), has_8_bit=multiplies_8_bit(place))
     else:
         wish = Wish(cast(Precision, precision))
-    if wish.reason is not None:
-        opened = replace(opened, notes=(*opened.notes, f"precision {wish.precision}: {wish.reason}"))
     _warn_of_rounding(opened, wish.precision)
     return LoadedModel(opened, precision=wish.precision, device=place, vram=budget, ram=host_budget, wish=wish)
 

@@ -28,7 +28,7 @@ from wanfast.residency import gigabytes, parse_bytes
 from wanfast.weight_sizes import WeightSizes, parse_stored, weight_sizes
 
 BUILT_IN = """\
-wan-tiny, the small model that comes with wanfast and needs no download, as no --model is given.
+{name}, the small model that comes with wanfast and needs no download, as no --model is given.
 The large one: wanfast plan --model t2v-a14b, with --gpu 4090 for a card that is not here.
 """
 
@@ -65,7 +65,7 @@ def show_plan(arguments: argparse.Namespace) -> None:
             reads=forecast.reads,
             instead=None if instead is None else (instead.budget, instead.prediction),
         )
-        print(f"{BUILT_IN}\n{page}" if is_built_in else page)
+        print(f"{BUILT_IN.format(name=shown.plan.model)}\n{page}" if is_built_in else page)
         return
     told = plan_to_dict(shown.plan) | {"precision_reason": shown.reason, "memory": budget_to_dict(forecast.budget)}
     told["files"] = reads_to_dict(forecast.reads)
@@ -114,7 +114,7 @@ def _of_files(arguments: argparse.Namespace) -> _Shown:
     image = load_image(arguments.image) if arguments.image else None
     gpu, vram, ram = _limits(arguments)
     model = open_loaded(
-        usual_sources(arguments),
+        usual_sources(arguments, has_image=image is not None),
         precision=arguments.precision,
         vram=arguments.vram,
         ram=arguments.ram,

@@ -347,7 +347,10 @@ def _integer(name: str, value: Any, low: int | None, high: int | None) -> int:
 def _finite(name: str, value: Any, example: float) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise RequestError(f"{name}: must be a number, got {value!r}; for example {example:g}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise RequestError(f"{name}: must be finite, got {value!r}; for example {example:g}")
     return number

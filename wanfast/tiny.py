@@ -20,11 +20,11 @@ _TEXT_AND_VAE = {
 _FILES = {NAME: {"model": "t2v"}, IMAGE_NAME: {"model": "i2v", **_TEXT_AND_VAE}}
 
 
-def tiny_files(name: str) -> dict[str, Path] | None:
+def tiny_files(name: object) -> dict[str, Path] | None:
     """Say where the files of a built-in model are.
 
     Args:
-        name: of a model, built in or not.
+        name: of a model, built in or not, in any case; a `Path` is none.
 
     Returns:
         Folders and files in the package, by names of `Sources`; None where the name is of no built-in model.
@@ -32,8 +32,9 @@ def tiny_files(name: str) -> dict[str, Path] | None:
     Raises:
         CheckpointError: it was not installed.
     """
-    if name not in _FILES:
+    if not isinstance(name, str) or name.lower() not in _FILES:
         return None
+    name = name.lower()
     root = Path(__file__).parent / "wan_tiny"
     files = {kind: root / path for kind, path in _FILES[name].items()}
     if not (files["model"] / "wanfast.json").is_file():

@@ -38,19 +38,14 @@ def read_sampling_defaults(folder: Path) -> SamplingDefaults:
         CheckpointError: the file cannot be read, or a key or a value in it is not one wanfast knows.
     """
     path = folder / FILE_NAME
-    defaults = parse_sampling_defaults(read_json(path), path) if path.exists() else SamplingDefaults()
-    for preset, files in (defaults.preset_loras or {}).items():
-        for file in files:
-            if not (folder / file).is_file():
-                raise CheckpointError(f"{folder / file}: is missing, which {path} names for preset {preset}")
-    return defaults
+    return parse_sampling_defaults(read_json(path), path) if path.exists() else SamplingDefaults()
 
 
 def parse_sampling_defaults(content: Mapping[str, Any], path: Path) -> SamplingDefaults:
     """Check sampling defaults that stand in a file.
 
     Raises:
-        CheckpointError: a key or a value is not one wanfast knows.
+        CheckpointError: a key or a value is not one wanfast knows, or a file beside it that it names is missing.
     """
     known = [field.name for field in fields(SamplingDefaults)]
     for key, value in content.items():
@@ -61,6 +56,9 @@ def parse_sampling_defaults(content: Mapping[str, Any], path: Path) -> SamplingD
             raise CheckpointError(f"{path}: {key}: must be {rule}, got {value!r}")
     loras = content.get("preset_loras")
     named = None if loras is None else {preset: tuple(files) for preset, files in loras.items()}
+    for preset, files in (named or {}).items():
+        if gone := [file for file in files if not (path.parent / file).is_file()]:
+            raise CheckpointError(f"{path.parent / gone[0]}: is missing, which {path} names for preset {preset}")
     return SamplingDefaults(**{**content, "preset_loras": named})
 
 

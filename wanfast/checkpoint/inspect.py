@@ -33,11 +33,17 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the path is no such thing, or is one that is damaged or incomplete.
     """
+    if tiny_files(path) is not None:
+        return _describe_checkpoint(path, find_checkpoint(Sources(model=path)))
     path = Path(path).expanduser()
     if path.is_file() or nearby.is_dit_folder(path):
         return {"path": str(path), "what": "file", "parts": _describe_file(path)}
-    is_known = path.exists() or tiny_files(str(path)) is not None
-    checkpoint = find_checkpoint(Sources(model=path)) if is_known else _absent(path)
+    if not path.exists():  # a name that could be downloaded is not looked up
+        raise CheckpointError(f"{path}: no such folder or file")
+    return _describe_checkpoint(path, find_checkpoint(Sources(model=path)))
+
+
+def _describe_checkpoint(path: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
     parts = {str(name): _describe_part("dit", reader, expert=name) for name, reader in checkpoint.experts.items()}
     parts |= {"text": _describe_part("text", checkpoint.text), "vae": _describe_part("vae", checkpoint.vae)}
     defaults = {
@@ -89,11 +95,6 @@ def format_description(description: dict[str, Any]) -> str:
 def _kind_name(part: dict[str, Any]) -> str:
     known = [str(part[key]) for key in ("task", "expert") if part.get(key)]
     return KIND_NAMES[part["kind"]] + (f" ({' '.join(known)})" if known else "")
-
-
-def _absent(path: Path) -> Checkpoint:
-    """Refuse a path that is not there, as a folder of weights: a name that could be downloaded is not looked up."""
-    raise CheckpointError(f"{path}: no such folder or file")
 
 
 def _describe_file(path: Path) -> dict[str, dict[str, Any]]:

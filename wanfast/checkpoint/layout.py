@@ -232,7 +232,7 @@ def _usual_settings(reader: Reader) -> DiTSettings:
 
 def _refuse_non_folder(folder: Path) -> None:
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}")
+        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}, wan-tiny and wan-tiny-i2v are built in")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; {_HOW_TO_GET_ONE}")
     try:

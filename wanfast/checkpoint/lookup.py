@@ -91,8 +91,8 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
 
 
 def _of_built_in(sources: Sources) -> Sources:
-    """Put the files of a built-in model in place of its name, unless a path is called like it."""
-    files = None if sources.model is None or Path(sources.model).exists() else tiny_files(str(sources.model))
+    """Put the files of a built-in model in place of its name; a path that is called like it wants a ./ before it."""
+    files = tiny_files(sources.model)
     if files is None:
         return sources
     named = {name: value for name in Sources.__slots__ if (value := getattr(sources, name)) is not None}

@@ -37,7 +37,14 @@ def expert_file(expert: ExpertName) -> str:
     return f"{expert}.safetensors"
 
 
-def write_manifest(folder: Path, config: ModelConfig, precision: str, *, made_from: Sequence[str]) -> None:
+def write_manifest(
+    folder: Path,
+    config: ModelConfig,
+    precision: str,
+    *,
+    made_from: Sequence[str],
+    preset_loras: Mapping[str, Sequence[str]],
+) -> None:
     """Write `wanfast-model.json`: all of a model's numbers that its tensors do not tell, and its files' names."""
     guidance = {expert.name: expert.guidance for expert in config.experts}
     defaults = {
@@ -51,6 +58,7 @@ def write_manifest(folder: Path, config: ModelConfig, precision: str, *, made_fr
         "guidance": guidance.get("single"),
         "guidance_high": guidance.get("high_noise"),
         "guidance_low": guidance.get("low_noise"),
+        "preset_loras": {preset: list(files) for preset, files in preset_loras.items()} or None,
     }
     content = {
         "version": _VERSION,

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from wanfast.errors import RequestError
 
+# Whose layers compute what their names say; one of somebody's own in their place may do anything.
+_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers", "wanfast")
+
 # Methods of diffusers' models that change how the layers inside are called; wanfast calls none of them.
 REFUSED = {
     "compile": "wanfast has its own kernels; leave it out",
@@ -106,6 +109,11 @@ def check_module(part: str, module: Any) -> None:
     if module.__dict__.get("_compiled_call_impl") is not None:
         raise RequestError(f"{part}: must not be compiled; {REFUSED['compile']}")
     kinds = {type(child) for name, child in module.named_modules() if name}
+    if foreign := sorted(kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] not in _PACKAGES):
+        raise RequestError(
+            f"{part}: its layers must be diffusers' own, which wanfast computes, got a {foreign[0]}; leave that out, or"
+            " use diffusers without wanfast"
+        )
     if patched := sorted(kind.__name__ for kind in kinds if _is_patched(kind, "forward")):
         raise RequestError(
             f"{part}: its layers must compute as diffusers wrote them, got another forward put into {patched[0]}; leave"
