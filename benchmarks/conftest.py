@@ -2,15 +2,26 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
 torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread's clock tells all of its work, as long as there is no other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

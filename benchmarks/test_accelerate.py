@@ -7,7 +7,7 @@ adapter adds is told of a pipeline of wan-tiny's sizes, by CPU seconds of the th
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,15 +88,6 @@ class Stages:
             return result
 
         patch.setattr(owner, name, call)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread's clock tells all of its work, as long as there is no other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

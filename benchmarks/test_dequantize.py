@@ -5,7 +5,7 @@ both do here, and the time is the process's own: a busy machine does not change 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import gguf
 import pytest
@@ -45,15 +45,8 @@ def _gguf(kind: str, dtype: torch.dtype) -> Expand:
 ENGINES = {"wanfast": _wanfast, "gguf": _gguf}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark(timer=time.process_time)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantize_gguf(benchmark: BenchmarkFixture, kind: str, dtype: str) -> None:

@@ -7,7 +7,7 @@ Run as a script with an engine, a dtype, a number of tokens and a folder, it enc
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,6 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(f"text_{request.param}")
     umt5_encoder(config).to(DTYPES[request.param]).save_pretrained(path)
     return request.param, path
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

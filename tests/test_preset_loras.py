@@ -1,6 +1,7 @@
 """A folder may bring LoRAs along for a preset: they are used with it where none are asked for, everywhere alike."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,20 @@ def test_a_conversion_takes_them_along(folder: Path, tmp_path: Path) -> None:
     loras[0].unlink()
     with pytest.raises(CheckpointError, match=r"is missing, which .* names for preset lightning4"):
         open_model(converted)
+
+
+def test_a_conversion_keeps_files_of_one_name_apart(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    pair = sorted((folder / "lightning").iterdir())
+    names = ["one/model.safetensors", "two/model.safetensors"]
+    for file, name in zip(pair, names, strict=True):
+        (model / name).parent.mkdir()
+        shutil.copyfile(file, model / name)
+    settings = json.loads((model / "wanfast.json").read_text())
+    (model / "wanfast.json").write_text(json.dumps(settings | {"preset_loras": {"lightning4": names}}))
+    copied = open_model(convert_model(open_model(model), tmp_path / "converted", "exact")).preset_loras["lightning4"]
+    assert [file.name for file in copied] == ["model.safetensors"] * 2
+    assert [file_digest(file) for file in copied] == [file_digest(file) for file in pair]
 
 
 @pytest.mark.parametrize(

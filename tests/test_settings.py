@@ -135,3 +135,12 @@ def test_rerun_of_edited_settings_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith("wanfast rerun: ") and len(err.strip().splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_clip_of_no_files_says_what_made_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+    changed = damaged(("model_path",), None) | {"loras": [], "model_files": {}}
+    clip = write_video(tmp_path / "a.mp4", [frames], fps=16, settings=changed)
+    assert main(["rerun", str(clip), "-o", str(tmp_path / "b.mp4")]) == 2
+    assert "random weights that is no longer built in; add --model FOLDER" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]

@@ -111,7 +111,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", default=None, help="what to show")
     add("--prompt", dest="prompt_flag", metavar="TEXT", help=argparse.SUPPRESS)
     add("--prompts", metavar="FILE", help="make a clip of each line, into the folder -o; .jsonl lines may say more")
-    _add_model_arguments(parser)
+    _add_model_arguments(parser, "; default: the built-in wan-tiny, with a picture wan-tiny-i2v")
     add("--task", type=_task, metavar="NAME", help=f"check that the model is this one: {', '.join(MODELS)}")
     add("--negative-prompt", default="", metavar="TEXT", help="what to avoid; default: Wan's own list")
     add("--image", metavar="FILE", help="first frame, for image to video")
@@ -138,10 +138,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, action=_NotSupported, nargs="?", const=reason, help=argparse.SUPPRESS)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser, default: str = "") -> None:
     add = parser.add_argument
-    says = "model folder or file, t2v-a14b, or Hub id; default: the built-in wan-tiny, with a picture wan-tiny-i2v"
-    add("--model", "--ckpt-dir", metavar="PATH", help=says)
+    add("--model", "--ckpt-dir", metavar="PATH", help=f"model folder or file, t2v-a14b, or Hub id{default}")
     add("--high", metavar="PATH", help="file or folder of the high-noise expert, instead of --model")
     add("--low", metavar="PATH", help="of the low-noise expert; default: the one named like the other")
     add("--vae", metavar="FILE", help="the VAE; default: the model's own, or one near its files")
@@ -215,7 +214,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--suite", choices=("tiny",), default="tiny", help="tiny: captions for a trained wan-tiny, judged by pixels")
-    _add_model_arguments(parser)
+    _add_model_arguments(parser, "; default: the built-in wan-tiny")
     says = "precisions, presets, densities or sums like int8+density0.5, by commas; each is compared with exact"
     add("--tiers", default="fp32,int8,fp8", metavar="NAMES", help=f"{says}; default: fp32,int8,fp8")
     _add_step_arguments(parser)

@@ -113,9 +113,10 @@ def _copy_loras(model: Model, building: Path) -> dict[str, list[str]]:
     """Take along the LoRAs that the model has for presets; by preset their places in the folder."""
     copied: dict[str, list[str]] = {}
     for preset, files in model.preset_loras.items():
-        copied[preset] = [f"{preset}/{file.name}" for file in files]
-        (building / preset).mkdir(exist_ok=True)
+        # A folder for each: two may have one name, and the name stays, as it says which expert's it is.
+        copied[preset] = [f"{preset}/{number}/{file.name}" for number, file in enumerate(files)]
         for file, place in zip(files, copied[preset], strict=True):
+            (building / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, building / place)
     return copied
 

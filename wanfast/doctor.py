@@ -120,7 +120,7 @@ def _gpu_findings(machine: Machine) -> list[Finding]:
         built_for = f" for CUDA {machine.torch_cuda}" if machine.torch_cuda else ", CPU build"
         torch_is = f"torch {machine.torch}{built_for}"
         if not machine.has_nvidia_driver:
-            says = f"none; {torch_is}; everything runs on the CPU, precision auto is fp32"
+            says = f"none; {torch_is}; everything runs on the CPU; precision auto is fp32, or that of converted files"
             return [Finding(about="GPU", status="note", says=says)]
         if machine.torch_cuda is None:
             remedy = (
@@ -136,7 +136,8 @@ def _gpu_findings(machine: Machine) -> list[Finding]:
         copies = "no pinned memory" if rate is None else f"{rate / 1e9:.1f} GB/s from pinned memory (measured)"
         says = (
             f"{gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, {gpu.memory_bytes / 1e9:.1f} GB,"
-            f" {gpu.free_bytes / 1e9:.1f} GB free, {copies}; torch {machine.torch}; precision auto is exact"
+            f" {gpu.free_bytes / 1e9:.1f} GB free, {copies}; torch {machine.torch};"
+            " precision auto is exact, int8 where that does not fit, or that of converted files"
         )
         is_old = gpu.capability < _MIN_CAPABILITY
         findings.append(

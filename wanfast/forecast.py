@@ -21,7 +21,14 @@ from wanfast.predict import FileReads, Prediction, Rates, count_reads, datasheet
 from wanfast.rates import measured_rates
 from wanfast.residency import free_memory
 from wanfast.residency.memory import free_host_memory
-from wanfast.weight_sizes import WeightSizes, largest_block, largest_in_file, loading_bytes, weight_sizes
+from wanfast.weight_sizes import (
+    WeightSizes,
+    dtype_of,
+    largest_block,
+    largest_in_file,
+    loading_bytes,
+    weight_sizes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,7 @@ def _limits_here(model: LoadedModel) -> tuple[int | None, int | None]:
 
 def sizes_of(model: LoadedModel, precision: Precision) -> WeightSizes:
     """Read the sizes that an open model's weights have in a precision from the headers of its files."""
-    by_rule, dtype, in_8_bits = weight_sizes(model.config, precision), _dtype_of(precision), precision in EIGHT_BIT
+    by_rule, dtype, in_8_bits = weight_sizes(model.config, precision), dtype_of(precision), precision in EIGHT_BIT
     readers = model.model.experts.values()
     forms = {form for reader in readers for form in _stored_forms(reader)}
     if in_8_bits:  # others are rounded to it when they are loaded
@@ -169,17 +176,12 @@ def sizes_of(model: LoadedModel, precision: Precision) -> WeightSizes:
     )
 
 
-def _dtype_of(precision: Precision) -> torch.dtype:
-    """What a precision computes in where it does not multiply in 8 bits."""
-    return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
 def _is_mapped(reader: Reader, precision: Precision) -> bool:
     """Whether an expert's projections lie in their files as they are computed with."""
     names = [name for name in reader.names() if name.startswith("blocks.") and len(reader.ref(name).shape) == 2]
     refs = [reader.ref(name) for name in names if name.endswith(".weight")]
     if precision not in EIGHT_BIT:
-        return all(ref.stored_as is not None or ref.dtype == _dtype_of(precision) for ref in refs)
+        return all(ref.stored_as is not None or ref.dtype == dtype_of(precision) for ref in refs)
     if precision == "int8":  # from anywhere
         return all(ref.stored_as in (*GGUF_BLOCKS, "int8") for ref in refs)
     return all(ref.stored_as in GGUF_BLOCKS or (ref.stored_as == "float8_e4m3fn" and ref.is_ready) for ref in refs)
@@ -187,7 +189,7 @@ def _is_mapped(reader: Reader, precision: Precision) -> bool:
 
 def with_loras(sizes: WeightSizes, config: ModelConfig, plan: Plan, loras: Sequence[Lora]) -> WeightSizes:
     """Add what LoRAs take beside an expert's weights: their factors, and where they are merged the copy of a block."""
-    itemsize = 4 if plan.precision == "fp32" else 2
+    itemsize = dtype_of(plan.precision).itemsize
     by_expert: dict[str, int] = {}
     for lora in loras:
         for expert, layers in lora.layers.items():

@@ -19,7 +19,7 @@ from wanfast.plan import Precision, Wish
 from wanfast.residency import Residency, Traffic, to_device
 from wanfast.text import weights as text_weights
 from wanfast.vae.weights import VAEWeights, compute_dtype, load_vae
-from wanfast.weight_sizes import largest_block
+from wanfast.weight_sizes import dtype_of, largest_block
 
 
 class LoadedModel:
@@ -64,7 +64,7 @@ class LoadedModel:
         """Settle all that a precision decides; nothing is in memory then."""
         model, device = self.model, self.device
         self.precision: Precision = precision
-        self.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.compute_dtype = dtype_of(precision)
         self._vae_dtype = compute_dtype(precision, device)
         self._eight_bit = packed.DTYPES.get(precision)
         if self._eight_bit is not None and device.type == "cuda":

@@ -109,7 +109,7 @@ def _warn_of_rounding(model: Model, precision: str) -> None:
     if precision in EIGHT_BIT and is_large and any(one.ref(matrix).stored_as is None for one in model.experts.values()):
         _log.warning(
             "precision %s: 16-bit weights are rounded each time they are loaded, which takes minutes;"
-            " `wanfast convert --precision %s` does it once",
+            " `wanfast convert --model MODEL --precision %s` does it once",
             precision,
             precision,
         )

@@ -208,13 +208,10 @@ def _file_lines(budget: Budget, reads: FileReads, prediction: Prediction | None)
     if budget.is_mapped and not budget.is_resident and reads.loads > reads.blocks:
         yield "the system may still have some of them in memory"
     if prediction is not None and prediction.reading is not None:
-        if prediction.is_reading_measured:
-            how = "with rounding what was read, as measured"
-        else:
-            how = f"at {gigabytes(round(DISK))} per second, which is assumed"
+        how = f"at {gigabytes(round(DISK))} per second, which is assumed"
         yield f"{prediction.reading:,.1f} seconds, {how}; what is waited for is in the seconds below"
     if not budget.is_mapped:
-        if prediction is not None and not prediction.is_reading_measured:
+        if prediction is not None:
             yield "rounding what they hold to the dtype that is computed in is not in it"
         yield "`wanfast convert` writes files whose blocks are used as they are"
 

@@ -34,7 +34,6 @@ class Rates:
     link: float  # bytes from the host
     source: Source
     disk: float = math.inf  # bytes from files; infinite leaves reading out
-    is_disk_measured: bool = False  # then making blocks of what was read is in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +45,6 @@ class Prediction:
     stall: float  # seconds of the steps in which the device waits for a copy; part of them
     copied: int  # bytes of blocks of the diffusion transformers, host to device
     reading: float | None  # seconds of reading files, part of the others as far as it is waited for; None: left out
-    is_reading_measured: bool  # then making blocks of what was read is in it
     switch_stall: float  # seconds the first step of the second expert waits
     source: Source
     dense: float | None  # seconds of the steps with dense attention, where it is sparse
@@ -76,7 +74,7 @@ def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget,
 
     Returns:
         The prediction, of a run that begins with nothing in memory. Reading is in its seconds where `rates` has a rate
-        for it, rounding what files hold to another dtype where that was measured.
+        for it; rounding what files hold to another dtype is not.
     """
     blocks = config.dit.num_layers
     passes = [(step.num_forwards if budget.chunking.in_turn else 1) for step in plan.steps]
@@ -110,7 +108,6 @@ def predict(config: ModelConfig, plan: Plan, sizes: WeightSizes, budget: Budget,
         stall=sum(timeline.stalls),
         copied=len(schedule.moves) * sizes.slot,
         reading=None if math.isinf(rates.disk) else sum(read.num_bytes for read in reads) / rates.disk,
-        is_reading_measured=rates.is_disk_measured,
         switch_stall=sum(timeline.stalls[lasts[switch - 1] + 1 : lasts[switch] + 1]) if switch else 0.0,
         source=rates.source,
         dense=None if plan.attention_density == 1 else _dense_seconds(config, plan, sizes, budget, rates),
@@ -202,7 +199,7 @@ def prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
         "steps_with_dense_attention": prediction.dense,
         "bytes_copied": prediction.copied,
         "reading": prediction.reading,
-        "reading_source": "measured" if prediction.is_reading_measured else "assumed",
+        "reading_source": "assumed",
     }
 
 

@@ -24,6 +24,11 @@ _ROUNDING = 9  # bytes for each number of a matrix while it is rounded to 8 bits
 _UPSAMPLING = ".resample.1.weight"  # its nine taps become four times four
 
 
+def dtype_of(precision: Precision) -> torch.dtype:
+    """What a precision computes in where it does not multiply in 8 bits."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSizes:
     """Bytes of weights as they lie on the device."""
@@ -35,9 +40,7 @@ class WeightSizes:
     vae_decoder: int
     stored: str  # how the files hold the projections
     is_expanded: bool  # whether they are expanded where they are used
-    is_mapped: bool = (
-        True  # whether blocks lie in their files as they are used: on the host they are then pages of these
-    )
+    is_mapped: bool = True  # whether blocks lie in their files as they are used: on the host they are pages of these
     file_block: int = 0  # bytes of a block in its file
     loading: int = 0  # bytes of the host that blocks take while they are loaded, beside those that are kept
     loras: int = 0  # what LoRAs add to the expert that is used
@@ -63,7 +66,7 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
         stored: one of STORED; fp32 and bf16 become the precision's dtype when they are loaded, as 8 bits of another
             kind do where it computes in 8; the others stay as they are.
     """
-    itemsize = 4 if precision == "fp32" else 2
+    itemsize = dtype_of(precision).itemsize
     is_mapped = stored not in _FLOATS or _FLOATS[stored] == itemsize
     if precision in EIGHT_BIT and stored in (*_FLOATS, *EIGHT_BIT):
         is_mapped = stored == precision

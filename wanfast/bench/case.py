@@ -16,8 +16,10 @@ from wanfast.loaded import LoadedModel
 from wanfast.lora import LoraSpec
 from wanfast.pipeline import open_loaded
 from wanfast.plan import Plan, Precision, make_plan
+from wanfast.precision import usual_precision
 from wanfast.presets import PRESETS, apply_preset
 from wanfast.request import Request
+from wanfast.weight_sizes import dtype_of
 
 Weights = Literal["checkpoint", "wan-tiny", "tiny random", "random"]
 ReferencePrecision = Literal["fp32", "bf16"]
@@ -85,7 +87,7 @@ def parse_tiers(text: str | None, device: torch.device) -> tuple[Tier, ...]:
     Raises:
         RequestError: one of them is none of these, has two of a kind, or is named twice.
     """
-    usual: Precision = "exact" if device.type == "cuda" else "fp32"
+    usual = usual_precision(device.type)
     if text is None:
         return (Tier(usual, usual),)
     tiers = tuple(_tier(name.strip(), usual) for name in text.split(","))
@@ -122,6 +124,6 @@ def open_case(case: Case, precision: Precision) -> LoadedModel:
     """Open the case's weights; nothing is read yet, and nothing random drawn."""
     if case.weights in ("checkpoint", "wan-tiny"):
         return open_loaded(case.sources, precision=precision, vram=case.vram, device=case.device, ram=case.ram)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = dtype_of(precision)
     model = random_model(case.config, dtype, is_shared=case.weights == "random")
     return LoadedModel(model, precision=precision, device=torch.device(case.device), vram=case.vram, ram=case.ram)

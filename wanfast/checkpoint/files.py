@@ -55,9 +55,7 @@ class TensorRef:
     first_bytes: Callable[[int], bytes]  # gives so many of its first bytes, as stored; of a file without torch
     stored_as: str | None = None  # what the numbers are where they are not plain `dtype`: "Q4_K", "float8_e4m3fn", ...
     stored_bytes: int | None = None  # where shape and dtype do not tell them
-    is_ready: bool = (
-        False  # whether 8-bit arithmetic multiplies these very numbers: wanfast's own kinds of scale say so
-    )
+    is_ready: bool = False  # whether 8-bit arithmetic multiplies these very numbers: by wanfast's own kinds of scale
 
     @property
     def dtype(self) -> torch.dtype:

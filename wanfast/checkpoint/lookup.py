@@ -72,15 +72,13 @@ def find_checkpoint(sources: Sources) -> Checkpoint:
         RequestError: the sources contradict each other.
         CheckpointError: a part is not found, cannot be read, or does not fit the others.
     """
-    sources = _of_built_in(sources)
+    asked, sources = sources.model, _of_built_in(sources)
     given = _given(sources)
     model = None if sources.model is None else Path(sources.model).expanduser()
     experts = {name: Path(path).expanduser() for name, path in _named_experts(sources).items()}
     is_one_dit = model is not None and (model.is_file() or _is_dit_folder(model))
     if experts and model is not None and not is_one_dit:
-        raise RequestError(
-            f"model: must be one DiT's file or folder, or left out, beside high and low, got {sources.model}"
-        )
+        raise RequestError(f"model: must be one DiT's file or folder, or left out, beside high and low, got {asked}")
     if experts or is_one_dit:
         return _from_files(model, experts, given)
     if model is None:
