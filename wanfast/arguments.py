@@ -84,7 +84,7 @@ def build_parser() -> OneLineParser:
     add_generate_arguments(plan)
     add_machine_arguments(plan)
     inspect = commands.add_parser("inspect", help="say what a checkpoint, tensor file or clip is", allow_abbrev=False)
-    inspect.add_argument("path", help="folder, .safetensors, .gguf, .pth, LoRA or .mp4")
+    inspect.add_argument("path", help="folder, .safetensors, .gguf, .pth, LoRA, .mp4 or wan-tiny")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     convert = commands.add_parser("convert", help="write a model as one ready folder", allow_abbrev=False)
     _add_convert_arguments(convert)

@@ -20,21 +20,22 @@ def inspect(arguments: argparse.Namespace) -> None:
         CheckpointError: it is no checkpoint and no tensor file, or is one that is damaged or incomplete.
         MediaError: it is a clip that cannot be read.
     """
-    facts, is_table = _facts(Path(arguments.path))
+    facts, is_table = _facts(arguments.path)
     if arguments.json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         print(format_description(facts) if is_table else _format_facts(facts))
 
 
-def _facts(path: Path) -> tuple[dict[str, Any], bool]:
-    """What is known of a path, and whether that is a table of parts."""
+def _facts(named: str) -> tuple[dict[str, Any], bool]:
+    """What is known of a path or a built-in model, and whether that is a table of parts."""
+    path = Path(named)
     if path.suffix.lower() == ".mp4":
         from wanfast.video import probe_video
 
         return probe_video(path), False
     lora = lora_summary(path)
-    return (describe(path), True) if lora is None else (lora, False)
+    return (describe(named), True) if lora is None else (lora, False)
 
 
 def _format_facts(facts: dict[str, Any]) -> str:

@@ -161,6 +161,8 @@ def test_self_attention_equals_float64_with_the_same_mask(monkeypatch: pytest.Mo
     x = F.layer_norm(hidden.double(), (config.dim,), eps=1e-6) * (1 + scale) + shift
     own = weights.self_attn
     q, k, v = project(x, own.q, own.norm_q), project(x, own.k, own.norm_k), project(x, own.v)
+    chosen = block_mask(q, k, density=0.3)
+    assert torch.equal(chosen.counts, lists.counts) and torch.equal(chosen.columns, lists.columns)
     attended = torch.empty_like(q)
     for n in range(heads):
         mask = token_mask(lists, 0, n, tokens, tokens)
