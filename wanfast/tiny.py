@@ -12,12 +12,12 @@ from wanfast.errors import CheckpointError
 NAME = "wan-tiny"
 IMAGE_NAME = "wan-tiny-i2v"
 
-_TEXT_AND_VAE = {
-    "vae": "t2v/Wan2.1_VAE.pth",
-    "text_encoder": "t2v/models_t5_umt5-xxl-enc-bf16.pth",
-    "tokenizer": "t2v/google/umt5-xxl",
+_TEXT = {"text_encoder": "t2v/models_t5_umt5-xxl-enc-bf16.pth", "tokenizer": "t2v/google/umt5-xxl"}
+_FILES = {
+    NAME: {"model": "t2v"},
+    IMAGE_NAME: {"model": "i2v", "vae": "t2v/Wan2.1_VAE.pth", **_TEXT},
+    "wan-tiny-ti2v": {"model": "ti2v", **_TEXT},
 }
-_FILES = {NAME: {"model": "t2v"}, IMAGE_NAME: {"model": "i2v", **_TEXT_AND_VAE}}
 
 
 def tiny_files(name: object) -> dict[str, Path] | None:

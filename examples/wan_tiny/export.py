@@ -121,7 +121,7 @@ def _write_defaults(target: Path, task: str) -> None:
 def _transformers(task: str) -> dict[str, str]:
     """Folders of a checkpoint's transformers by the trainings they come from."""
     if task == "ti2v":
-        return {"ti2v": ""}
+        return {"ti2v_refined": ""}
     prefix = "" if task == "t2v" else f"{task}_"
     return {prefix + expert.name: f"{expert.name}_model" for expert in T2V_A14B.experts}
 

@@ -19,6 +19,7 @@ CURVES = {
     "lora_low_noise": "loss",
     "vae22": "fit",
     "ti2v": "loss",
+    "ti2v_refined": "loss",
 }
 _COLUMNS = 4
 _WIDTH, _HEIGHT, _MARGIN = 360, 240, 48

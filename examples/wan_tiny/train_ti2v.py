@@ -2,11 +2,13 @@
 
 Usage: python train_vae.py RUN_FOLDER --version 2.2
        python latents.py RUN_FOLDER --version 2.2
-       python train_ti2v.py RUN_FOLDER train
+       python train_ti2v.py RUN_FOLDER ti2v
+       python train_ti2v.py RUN_FOLDER ti2v_refined
        python train_ti2v.py RUN_FOLDER evaluate
 
 A picture is the first latent frame, given clean with a timestep of 0 for its tokens; half of a batch has one.
-The text encoder is the one that the text-to-video model brought up.
+The text encoder is the one that the text-to-video model brought up. Where things are is learnt first, from noise levels
+as the sampler visits them; `ti2v_refined` goes on with more of the lower ones, at which shapes are decided.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from evaluate_vae import load_vae
 from latents import load_latents, load_statistics
 from optimizer import Both
 from torch import Tensor
-from train_dit import Model, captions_of, load_average
+from train_dit import Model, Part, captions_of, load_average
 from training import INTERRUPTED, Average, Run, learning_rate, wait_while_paused
 from vae22_model import VAE22, Z_DIM
 from vae_model import VAE
@@ -32,9 +34,11 @@ from wanfast.judge import Array, accuracies, judge
 
 SEED = 6
 SHIFT, GUIDANCE = 5.0, (5.0,)
-NUM_STEPS, BATCH, PEAK, DECAY = 4000, 64, 0.006, 0.998
+BATCH, DECAY = 64, 0.998
 NUM_JUDGED = 100
 _BATCH = 20  # clips that are sampled at a time
+
+PARTS = {"ti2v": Part(0.0, 1.0, SHIFT, 4000, 0.006), "ti2v_refined": Part(0.0, 1.0, 2.0, 2500, 0.004)}
 
 
 def make_model(text: dict[str, Tensor], sizes: DiTSizes | None = None) -> Model:
@@ -46,12 +50,12 @@ def make_model(text: dict[str, Tensor], sizes: DiTSizes | None = None) -> Model:
     return model
 
 
-def loss(model: Model, clips: Tensor, step: int) -> Tensor:
+def loss(model: Model, clips: Tensor, part: Part, step: int) -> Tensor:
     """Mean squared error of the velocity on the batch of a step, but for frames that are given."""
     rng, generator = np.random.default_rng([SEED, step]), torch.Generator().manual_seed(step)
     numbers = rng.integers(len(clips), size=BATCH)
     captions = captions_of(rng, numbers)
-    sigmas = draw_sigmas(BATCH, SHIFT, 0.0, 1.0, generator)
+    sigmas = draw_sigmas(BATCH, part.shift, part.low, part.high, generator)
     clean = clips[torch.from_numpy(numbers)]
     noise = torch.randn(clean.shape, generator=generator)
     noisy = torch.lerp(clean, noise, sigmas[:, None, None, None, None])
@@ -65,25 +69,30 @@ def loss(model: Model, clips: Tensor, step: int) -> Tensor:
     return error.mean()
 
 
-def train(folder: Path) -> bool:
-    """Train; whether it is done."""
+def train(folder: Path, name: str) -> bool:
+    """Train, or go on from what the first training came to; whether it is done."""
+    part = PARTS[name]
     clips = load_latents(folder, "2.2")
     base = load_average(folder, "base")
     model = make_model({name.removeprefix("text."): value for name, value in base.items() if name.startswith("text.")})
+    taken = 0
+    if name == "ti2v_refined":
+        model.load_state_dict(load_average(folder, "ti2v"))
+        taken = PARTS["ti2v"].num_steps  # its batches were others
     optimizer = Both(
-        model, ("dit.patch_embedding", "dit.head"), PEAK, PEAK / 5, weight_decay=0.01, dtype=torch.bfloat16
+        model, ("dit.patch_embedding", "dit.head"), part.peak, part.peak / 5, weight_decay=0.01, dtype=torch.bfloat16
     )
     average = Average(model, DECAY)
-    run = Run(folder, "ti2v", {"model": model, "optimizer": optimizer, "average": average})
+    run = Run(folder, name, {"model": model, "optimizer": optimizer, "average": average})
 
     def take_step(step: int) -> dict[str, float]:
-        value = loss(model, clips, step)
+        value = loss(model, clips, part, taken + step)
         value.backward()
-        optimizer.step(learning_rate(step, NUM_STEPS))
+        optimizer.step(learning_rate(step, part.num_steps))
         average.update(step)
         return {"loss": value.item()}
 
-    return run.train(NUM_STEPS, take_step)
+    return run.train(part.num_steps, take_step)
 
 
 def encode_pictures(vae: VAE | VAE22, frames: Array, folder: Path) -> Tensor:
@@ -99,7 +108,7 @@ def evaluate(folder: Path) -> dict[str, object]:
     """Judge held-out captions, from the caption alone and with the first frame given."""
     vae = load_vae(folder, "2.2")
     model = make_model({name: value for name, value in Model().text.state_dict().items()})
-    model.load_state_dict(load_average(folder, "ti2v"))
+    model.load_state_dict(load_average(folder, "ti2v_refined"))
     model.eval()
     scenes = [make_scene(1004, index, kind="single", held_out=True) for index in range(NUM_JUDGED)]
     captions = [scene.caption for scene in scenes]
@@ -126,13 +135,13 @@ def main() -> None:
     """Take one of the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("part", choices=["train", "evaluate"])
+    parser.add_argument("part", choices=[*PARTS, "evaluate"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.part == "evaluate":
         print(json.dumps(evaluate(options.folder), indent=1))
-    elif not train(options.folder):
+    elif not train(options.folder, options.part):
         sys.exit(INTERRUPTED)
 
 

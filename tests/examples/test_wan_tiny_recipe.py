@@ -44,12 +44,14 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (latents, distill, train_i2v):
         monkeypatch.setattr(module, "NUM_CLIPS", 4)
         monkeypatch.setattr(module, "PIECE", 2)
-    monkeypatch.setattr(train_dit, "PARTS", {name: part._replace(num_steps=2) for name, part in PARTS.items()})
+    for module in (train_dit, train_ti2v):
+        parts = {name: part._replace(num_steps=2) for name, part in module.PARTS.items()}
+        monkeypatch.setattr(module, "PARTS", parts)
     for module in (train_dit, evaluate):
         monkeypatch.setattr(module, "Model", lambda: Model(SMALL))
     for module in (train_dit, distill, train_i2v, train_ti2v):
         monkeypatch.setattr(module, "BATCH", 2)
-    for module in (distill, train_i2v, train_ti2v):
+    for module in (distill, train_i2v):
         monkeypatch.setattr(module, "NUM_STEPS", 2)
     for module in (train_i2v, train_ti2v):
         monkeypatch.setattr(module, "NUM_JUDGED", 2)
@@ -88,7 +90,7 @@ def test_from_nothing_to_a_checkpoint(
     assert call(monkeypatch, train_vae, tmp_path, "--version", "2.2") == 0
     assert call(monkeypatch, latents, tmp_path, "--version", "2.2") == 0
     capsys.readouterr()
-    for part in ("train", "evaluate"):
+    for part in ("ti2v", "ti2v_refined", "evaluate"):
         assert call(monkeypatch, train_ti2v, tmp_path, part) == 0
     assert json.loads(capsys.readouterr().out)["first frame PSNR"] > 0
     assert call(monkeypatch, export, tmp_path, tmp_path / "ti2v", "--task", "ti2v") == 0

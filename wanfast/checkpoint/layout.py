@@ -232,7 +232,8 @@ def _usual_settings(reader: Reader) -> DiTSettings:
 
 def _refuse_non_folder(folder: Path) -> None:
     if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}, wan-tiny and wan-tiny-i2v are built in")
+        built_in = "wan-tiny, wan-tiny-i2v and wan-tiny-ti2v are built in"
+        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}, {built_in}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; {_HOW_TO_GET_ONE}")
     try:
