@@ -242,6 +242,25 @@ def _rms_norm_rope(wan: Wan, device: torch.device, *, rounds: bool) -> Pair:
     )
 
 
+def _rms_norm_rope_quantize_keys(wan: Wan, device: torch.device) -> Pair:
+    x, weight = _randn(device, 1, wan.tokens, wan.channels), _randn(device, wan.channels, seed=1)
+    mean = _randn(device, 1, wan.heads, HEAD_DIM, dtype=torch.float32, seed=2)
+    rotations = rope_rotations(wan.grid, HEAD_DIM).to(device)
+    cos, sin = rotations.real[:, None].contiguous(), rotations.imag[:, None].contiguous()
+    chain = _compiled(device, lambda mean, *args: _rounded(_turned(*args) - mean[:, None]))
+
+    def rows(keys: Any) -> Tensor:
+        values, scale = keys.rows
+        return _rounded(values * scale[..., None])[0]  # the peer has a scale for each token
+
+    return Pair(
+        lambda: kernels.rms_norm_rope_quantize_keys(x, weight, rotations, mean, eps=EPS),
+        {"compiled": lambda: chain(mean, x, weight, cos, sin)[0]},
+        bytes=x.numel() * 3 + 8 * rotations.numel(),
+        result=rows,
+    )
+
+
 def _rms_norm_silu(wan: Wan, device: torch.device) -> Pair:
     channels = 96  # of the VAE's last stage, where most of its traffic is
     x = _randn(device, 1, channels, 4, *wan.frame).contiguous(memory_format=torch.channels_last_3d)
@@ -332,6 +351,7 @@ PAIRS: dict[str, Callable[[Wan, torch.device], Pair]] = {
     "residual_layer_norm_modulate_quantize": partial(_norm, adds=True, rounds=True),
     "rms_norm_rope": partial(_rms_norm_rope, rounds=False),
     "rms_norm_rope_quantize": partial(_rms_norm_rope, rounds=True),
+    "rms_norm_rope_quantize_keys": _rms_norm_rope_quantize_keys,
     "rms_norm_silu": _rms_norm_silu,
     **{f"causal_conv3d_{level}": partial(_conv, level=index) for index, level in enumerate(CONV_LEVELS)},
     "quantize_rows": _quantize_rows,

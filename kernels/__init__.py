@@ -36,7 +36,7 @@ if __name__ == "wanfast.kernels":
     from .linear_8bit_residual import linear_8bit_residual
     from .linear_stored import linear_stored
     from .modulate import layer_norm_modulate
-    from .quantize_keys import QuantizedKeys, quantize_keys
+    from .quantize_keys import QuantizedKeys, empty_keys, quantize_keys, sampled_tokens
     from .quantize_queries import QuantizedQueries, quantize_queries
     from .quantize_rows import quantize_rows
     from .quantize_values import QuantizedValues, quantize_values
@@ -47,6 +47,7 @@ if __name__ == "wanfast.kernels":
     from .residual_norm_quantize import residual_layer_norm_modulate_quantize, residual_layer_norm_quantize
     from .rms_norm_rope import rms_norm_rope
     from .rms_norm_rope_quantize import rms_norm_rope_quantize
+    from .rms_norm_rope_quantize_keys import rms_norm_rope_quantize_keys
     from .rms_norm_silu import rms_norm_silu
     from .rmsnorm import rms_norm
 else:
@@ -83,6 +84,7 @@ __all__ = [
     "choosing_bytes",
     "dequantize_gguf",
     "dequantize_scaled",
+    "empty_keys",
     "fit_weight",
     "gated_residual",
     "gguf_scales",
@@ -110,7 +112,9 @@ __all__ = [
     "rms_norm",
     "rms_norm_rope",
     "rms_norm_rope_quantize",
+    "rms_norm_rope_quantize_keys",
     "rms_norm_silu",
     "rotate",
     "runs_causal_conv3d",
+    "sampled_tokens",
 ]

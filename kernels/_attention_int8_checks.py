@@ -8,7 +8,7 @@ from ._checks import require
 from ._heads import HEAD_DIMS
 from ._quantized import EIGHT_BIT
 from .block_mask import QUERY_BLOCK, BlockLists
-from .quantize_keys import KEY_BLOCK, QuantizedKeys
+from .quantize_keys import KEY_BLOCK, KEY_GROUPS, QuantizedKeys
 from .quantize_queries import QuantizedQueries
 from .quantize_values import QuantizedValues
 
@@ -32,7 +32,7 @@ def check_operands(q: QuantizedQueries, k: QuantizedKeys, v: QuantizedValues, li
     _check(q.values, "q.values", shape, torch.int8, q.values)
     _check(q.scale, "q.scale", (batch, tokens, heads), torch.float32, q.values)
     _check(k.values, "k.values", (batch, heads, blocks, KEY_BLOCK, dim), torch.int8, q.values)
-    _check(k.scale, "k.scale", (batch, heads, blocks), torch.float32, q.values)
+    _check(k.scale, "k.scale", (batch, heads, blocks, KEY_GROUPS), torch.float32, q.values)
     _check(v.values, "v.values", (batch, heads, blocks, dim, KEY_BLOCK), v.values.dtype, q.values)
     _check(v.scale, "v.scale", (batch, heads, dim), torch.float32, q.values)
     _check(v.mean, "v.mean", (batch, heads, dim), torch.float32, q.values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._attention_int8_tiles import LARGEST_WEIGHT
 from .block_mask import QUERY_BLOCK, BlockLists
-from .quantize_keys import KEY_BLOCK, QuantizedKeys
+from .quantize_keys import KEY_BLOCK, KEY_GROUPS, QuantizedKeys
 from .quantize_queries import QuantizedQueries
 from .quantize_values import QuantizedValues, stored_tokens
 
@@ -43,7 +43,7 @@ def attention_int8_reference(
     keys, values = k.values.float(), _in_order(v)
     step = flush // KEY_BLOCK
     if lists is None:
-        blocks = torch.arange(k.scale.shape[-1], device=k.values.device)
+        blocks = torch.arange(k.values.shape[2], device=k.values.device)
         return _attend(q, keys, k.scale, values, v, blocks, step, accumulate)
     out = torch.empty(q.values.shape, dtype=torch.float32, device=q.values.device)
     for b, n, i in torch.cartesian_prod(*(torch.arange(size) for size in lists.counts.shape)).tolist():
@@ -107,6 +107,7 @@ def _steps(blocks: Tensor, step: int, tokens: int) -> list[Tensor]:
 def _exponents(queries: Tensor, q_scale: Tensor, keys: Tensor, k_scale: Tensor, j: Tensor, tokens: int) -> Tensor:
     """Exponents of one key block, [B, N, T, 64]; sums of int8 products are exact in fp32."""
     scores = queries @ keys[:, :, j].transpose(-1, -2)
-    exponents = scores * (q_scale * k_scale[:, :, j, None, None])
+    of_keys = k_scale[:, :, j, None, :, None].expand(-1, -1, KEY_BLOCK // (2 * KEY_GROUPS), -1, 2).flatten(2)
+    exponents = scores * (q_scale * of_keys[:, :, None])
     live = j * KEY_BLOCK + torch.arange(KEY_BLOCK, device=keys.device) < tokens
     return exponents.masked_fill(~live, float("-inf"))

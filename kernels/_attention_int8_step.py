@@ -4,6 +4,7 @@ Registers decide how this is written. A program of four warps holds 64 rows, 16 
 score and sum need two shuffles, and two programs fit on a multiprocessor: while one waits or takes exponentials, the
 other multiplies. 128 keys are two products of 64, and 128 channels two products of 64, because Triton lays four warps
 along the rows of a product only where it is no wider than it is high. Two blocks of keys share one flush into fp32.
+Keys 8 i + 2 g + j of a block (j: a bit) share scale g: the scores a thread holds of a row are those of one such group.
 """
 
 from ._launch import tl, triton
@@ -35,16 +36,42 @@ def _scores(
 
 
 @triton.jit
+def _scale(
+    q_scale,  # [ROWS]
+    k_scale_ptr,  # of key block 0
+    block,
+):  # -> [ROWS, 4]: of each row with each group of the block's keys
+    k_scale = tl.load(k_scale_ptr + (block * 4 + tl.arange(0, 4)))  # in bounds: a block that is there
+    return q_scale[:, None] * k_scale[None, :]
+
+
+@triton.jit
+def _largest(
+    scores,  # [ROWS, 64] fp32
+    scale,  # [ROWS, 4]
+    MASKED: tl.constexpr,
+):  # -> [ROWS]: the largest exponent
+    ROWS: tl.constexpr = scores.shape[0]
+    of_groups = tl.max(tl.max(tl.reshape(scores, (ROWS, 8, 4, 2)), 3), 1)  # within a thread
+    exponents = of_groups * scale
+    if MASKED:  # the scale of a group without a key says nothing about the others
+        exponents = tl.where(of_groups > _BELOW_ALL, exponents, float("-inf"))
+    return tl.max(exponents, 1)
+
+
+@triton.jit
 def _weights(
     scores,  # [ROWS, 64] fp32
-    scale,  # [ROWS]
+    scale,  # [ROWS, 4]
     shift,  # [ROWS]: the row's largest exponent, less log2 of the largest weight
     live,  # [64] whether a key is there; of no effect unless MASKED
     MASKED: tl.constexpr,
     DTYPE: tl.constexpr,  # of the weights: tl.float8e4nv or tl.float16
 ):  # -> weights [ROWS, 64] in DTYPE, in the order in which values are stored; and their sums [ROWS] fp32
     ROWS: tl.constexpr = scores.shape[0]
-    weights = tl.exp2(scores * scale[:, None] - shift[:, None])
+    scores = tl.reshape(scores, (ROWS, 8, 4, 2))
+    weights = tl.exp2(scores * scale[:, None, :, None] - shift[:, None, None, None])
+    weights = tl.reshape(weights, (ROWS, 64))
     if MASKED:
         weights = tl.where(live[None, :], weights, 0.0)
     total = tl.sum(weights, 1)
@@ -95,13 +122,13 @@ def step_over_keys(
 ):
     DIM: tl.constexpr = low.shape[1]
     DTYPE: tl.constexpr = v_ptr.dtype.element_ty
-    scale_0 = q_scale * tl.load(k_scale_ptr + block_0)  # in bounds: a block that is there
+    scale_0 = _scale(q_scale, k_scale_ptr, block_0)
     scores_0 = _scores(q, k_ptr + block_0 * (64 * D) + key_at, live_0, MASKED, MAGIC)
-    new_largest = tl.maximum(largest, tl.max(scores_0, 1) * scale_0)
+    new_largest = tl.maximum(largest, _largest(scores_0, scale_0, MASKED))
     if TWO:
-        scale_1 = q_scale * tl.load(k_scale_ptr + block_1)  # in bounds: a block that is there
+        scale_1 = _scale(q_scale, k_scale_ptr, block_1)
         scores_1 = _scores(q, k_ptr + block_1 * (64 * D) + key_at, live_1, MASKED, MAGIC)
-        new_largest = tl.maximum(new_largest, tl.max(scores_1, 1) * scale_1)
+        new_largest = tl.maximum(new_largest, _largest(scores_1, scale_1, MASKED))
     shift = new_largest - LOG2_LARGEST
     shrink = tl.exp2(largest - new_largest)
 

@@ -1,6 +1,6 @@
 """Attention whose scores come from int8 products, and whose weights are rounded to e4m3 or fp16.
 
-    x[i, j] = q[i] . k[j] * q_scale[i] * k_scale[block of j]                    exponents of 2, from exact int32 sums
+    x[i, j] = q[i] . k[j] * q_scale[i] * k_scale[group of j]                    exponents of 2, from exact int32 sums
     w[i, j] = round(2^(x[i, j] - m[i]) * largest)                               m: the largest x of the row so far
     out[i, :] = sum_j w[i, j] v[j, :] / sum_j w[i, j] * v_scale + v_mean        sums rescaled exactly as m grows
 
@@ -43,7 +43,7 @@ def _attention_int8_kernel(
     q_ptr,  # [B, T, N, D] int8, contiguous
     q_scale_ptr,  # [B, T, N], contiguous
     k_ptr,  # [B, N, ceil(S / 64), 64, D] int8, contiguous
-    k_scale_ptr,  # [B, N, ceil(S / 64)], contiguous
+    k_scale_ptr,  # [B, N, ceil(S / 64), 4], contiguous
     v_ptr,  # [B, N, ceil(S / 64), D, 64] e4m3 or fp16, contiguous
     v_scale_ptr,  # [B, N, D], contiguous
     v_mean_ptr,  # [B, N, D], contiguous
@@ -80,7 +80,7 @@ def _attention_int8_kernel(
     q = tl.load(q_ptr + i[:, None] * (N * D) + d[None, :], mask=live[:, None], other=0)
     q_scale = tl.load(q_scale_ptr + first + i * N, mask=live, other=0.0)
     k_ptr += head * blocks * (64 * D)
-    k_scale_ptr += head * blocks
+    k_scale_ptr += head * blocks * 4
     v_ptr += head * blocks * (64 * D)
     key_at = j[None, :] * D + d[:, None]
     value_at = c[None, :] * 64 + j[:, None]
@@ -125,7 +125,10 @@ def _attention_int8_kernel(
             block_0, block_1, j, j, LOG2_LARGEST, D, False, TWO, SUMS, MAGIC,
         )  # fmt: skip
 
-    first += tl.minimum(whole, 0)  # 0, but unknown: or the output's addresses would take registers during the loop
+    nothing = tl.minimum(whole, 0)  # 0, but unknown: or the output's addresses would take registers during the loop
+    first += nothing
+    N += nothing
+    live = i < T + nothing - tile * ROWS
     inverse = (1.0 / total)[:, None]
     channel = head * D + c
     scale = tl.load(v_scale_ptr + channel)[None, :]  # in bounds: one head's channels

@@ -11,7 +11,8 @@ Caveat     a mean stands for its block only where the block's tokens resemble ea
            mean is short, its scores are flat, and a block that holds one decisive key can be dropped. No test of that
            likeness is made: order tokens so that a block is a compact cube of the video, keep what must not be lost by
            `keep_keys`, and take the early steps and the first layer dense.
-           Queries in 8 bits have a scale per row, which the mean takes in.
+           Queries and keys in 8 bits have a scale per row, which the mean takes in; what all keys of a head are less is
+           the same for all blocks, and no softmax sees it.
 Grid       (blocks, N, B), one program per block and head, for the means. The choice is torch: its map has 1 / 8192 of
            the scores that attention has, and what it needs, rows sorted and summed, torch has. It takes as many heads
            together as MAP_ELEMENTS lets it.

@@ -70,8 +70,11 @@ class Played:
         self._count("queries for text", x, out)
         return out
 
-    def play_rms_norm_rope(self, x: Tensor, weight: Any, rotations: Any, *, out: Tensor, **_: Any) -> Tensor:
-        self._count("norm and turn", x, out)
+    def play_rms_norm_rope(
+        self, x: Tensor, weight: Any, rotations: Tensor, *, out_dtype: torch.dtype, **_: Any
+    ) -> Tensor:
+        out = torch.empty(x.unflatten(-1, (-1, 2 * rotations.shape[1])).shape, dtype=out_dtype)
+        self._count("mean of keys", x, out, out)
         return out
 
     def play_rms_norm_rope_quantize(self, x: Tensor, weight: Any, rotations: Tensor, **_: Any) -> QuantizedQueries:
@@ -80,13 +83,12 @@ class Played:
         self._count("norm and turn", x, out)
         return out
 
-    def play_quantize_keys(self, k: Tensor) -> QuantizedKeys:
-        batch, tokens, heads, dim = k.shape
-        blocks = -(-tokens // 64)
-        values = torch.empty(batch, heads, blocks, 64, dim, dtype=torch.int8)
-        out = QuantizedKeys(values, torch.empty(batch, heads, blocks), tokens)
-        self._count("round keys", k, out)
-        self.bytes["round keys"] += k.nbytes // 17
+    def play_rms_norm_rope_quantize_keys(
+        self, x: Tensor, weight: Any, rotations: Any, mean: Any, *, out: QuantizedKeys, **_: Any
+    ) -> QuantizedKeys:
+        self._count("norm and turn", x)
+        written = x.shape[1] / out.tokens  # the second look at x finds it in the cache
+        self.bytes["norm and turn"] += int(written * (out.values.nbytes + out.scale.nbytes))
         return out
 
     def play_quantize_values(self, v: Tensor, *, dtype: torch.dtype) -> QuantizedValues:

@@ -11,6 +11,7 @@ from reference.families import make_family
 from reference.gguf_files import pack
 from torch import Tensor
 
+from wanfast import kernels
 from wanfast.adapter import Change, attach
 from wanfast.checkpoint.quantize import quantize_rows
 from wanfast.checkpoint.reader import Reader, memory_reader
@@ -239,6 +240,32 @@ def test_low_rank_terms_ride_along(dtype: torch.dtype) -> None:
     assert error(case.run(attached), want) < 1.5 * LIMIT[dtype]
     rounded_again = [pack_block(attach(*pair), dtype) for pair in zip(prepared, merged, strict=True)]
     assert error(case.run(rounded_again), want) < 1.5 * LIMIT[dtype]
+
+
+@pytest.mark.parametrize("chunk_tokens", [256, 500, 2048])
+@torch.no_grad()
+def test_what_keys_are_less_is_the_mean_of_some_of_them(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed ahead of the keys, with the modulation of the first frame's tokens, a bias and low-rank terms."""
+    case = Case("heads of 128", num_layers=1)
+    case.latents = golden_tensor("long", 1, 48, 3, 40, 36)
+    block = prepare_block(case.blocks()[0], INT8)
+    change = {field: terms(block, field, 3) for field in ("self_attn.q", "self_attn.k")}
+    keys, means = [], []
+    quantize = kernels.rms_norm_rope_quantize_keys
+
+    def spy(x: Tensor, weight: Tensor, rotations: Tensor, mean: Tensor, **options: Any) -> Any:
+        keys.append(kernels.rms_norm_rope(x, weight, rotations, eps=options["eps"], out_dtype=torch.float32))
+        means.append(mean)
+        return quantize(x, weight, rotations, mean, **options)
+
+    monkeypatch.setattr(kernels, "rms_norm_rope_quantize_keys", spy)
+    case.run([pack_block(attach(block, change), INT8)], chunk_tokens=chunk_tokens)
+    k = torch.cat(keys, 1)
+    assert k.shape == (1, 1080, 2, 128) and len(keys) == -(-1080 // (-(-chunk_tokens // 64) * 64))
+    some = torch.arange(251) * 1080 // 251
+    assert all(torch.equal(mean, means[0]) for mean in means)
+    torch.testing.assert_close(means[0], k[:, some].double().mean(1).float(), rtol=1e-4, atol=1e-4)
+    assert ((means[0] - k.mean(1)).abs() < 5 * k.std(1) / 251**0.5).all()
 
 
 def terms(block: BlockWeights, field: str, rank: int) -> Change:

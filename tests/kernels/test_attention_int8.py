@@ -195,6 +195,20 @@ def test_scores_that_all_vanish_give_the_mean(generation, values, device):
 
 @GENERATIONS
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("keys", [1, 65])
+def test_groups_without_a_key_leave_scores_alone_that_are_far_below_zero(generation, implementation, keys, device):
+    """Their scale is 1, where that of the keys, and so their scores below zero, is in the hundreds."""
+    q = torch.ones(1, 3, 1, 64, device=device)
+    k = torch.full((1, keys, 1, 64), -5e4, device=device)
+    v = torch.randn(1, keys, 1, 64, device=device)
+    mean = torch.zeros(1, 1, 64, device=device)
+    operands = quantize_queries(q), quantize_keys(k, mean=mean), quantize_values(v)
+    got = run(implementation, operands, TILES[generation, E4M3, 64])
+    assert ((got - v.double().mean(1, keepdim=True)).abs() < 0.02).all()
+
+
+@GENERATIONS
+@IMPLEMENTATIONS
 def test_one_key_gives_its_value(generation, implementation, device):
     q, k, v = (torch.randn(2, tokens, 2, 128, device=device).bfloat16() for tokens in (3, 1, 1))
     got = run(implementation, quantized(q, k, v), TILES[generation, E4M3, 128])

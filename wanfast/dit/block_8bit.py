@@ -19,7 +19,15 @@ from wanfast.dit.attention import attention
 from wanfast.dit.block import CHUNK_TOKENS, token_runs
 from wanfast.dit.packed import PackedBlock, PackedLinear, multiplies_e4m3
 from wanfast.dit.text import KeyValues
-from wanfast.kernels import GROUP, BlockLists, Quantized, QuantizedKeys, QuantizedQueries, QuantizedValues
+from wanfast.kernels import (
+    GROUP,
+    BlockLists,
+    Quantized,
+    QuantizedKeys,
+    QuantizedQueries,
+    QuantizedValues,
+    QuantizedWeight,
+)
 
 _COMPUTE_DTYPE = torch.bfloat16  # of what is not 8-bit
 # From the queries of a run, as they were made for it, and the lists of their blocks.
@@ -79,43 +87,33 @@ def self_attention_8bit(
     chunk_tokens: int = CHUNK_TOKENS,
     attention_density: float = 1.0,
 ) -> None:
-    """Run the first step of a block in the memory of its stream; arguments as in `self_attention`."""
-    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
+    """Run the first step of a block in the memory of its stream; arguments as in `self_attention`.
+
+    Runs are of whole blocks of keys where heads have a width that 8-bit attention has.
+    """
     in_8_bits = rotations.shape[1] * 2 in kernels.HEAD_DIMS
-    channels = hidden.shape[2]
+    if in_8_bits:
+        chunk_tokens = -(-chunk_tokens // kernels.KEY_BLOCK) * kernels.KEY_BLOCK
+    runs = list(token_runs(hidden.shape[1], chunk_tokens, first_tokens))
     for stream, rows in zip(torch.split(hidden, 1), torch.split(modulation, 1), strict=True):
-        shift, scale, gate = rows[:, :, :3].unbind(2)
-        heads = (*stream.shape[:2], num_heads, channels // num_heads)
-        keys, values = (torch.empty(heads, dtype=_COMPUTE_DTYPE, device=stream.device) for _ in range(2))
+        gate = rows[:, :, 2]
+        heads = (1, stream.shape[1], num_heads, stream.shape[2] // num_heads)
+        mean = _mean_of_keys(stream, block, rows, rotations, eps, first_tokens) if in_8_bits else None
+        values = torch.empty(heads, dtype=_COMPUTE_DTYPE, device=stream.device)
+        keys = torch.empty_like(values) if mean is None else kernels.empty_keys(heads, stream.device)
         queries: list[Tensor | QuantizedQueries] = []
         for run in runs:
-            at = run.tokens
-            x = kernels.layer_norm_modulate_quantize(
-                stream[:, at],
-                scale,
-                shift,
-                block.dtype,
-                eps=eps,
-                first_tokens=run.first_tokens,
-                rotated=_rotated(block.values),
-            )
-            _product(x, block.values, out=values[:, at].flatten(2))
+            x = _normed(stream[:, run.tokens], block, rows, eps, run.first_tokens)
+            _product(x, block.values, out=values[:, run.tokens].flatten(2))
             both = _product(x, block.queries_keys)
-            kernels.rms_norm_rope(both[..., channels:], block.norm_k, rotations[at], eps=eps, out=keys[:, at])
-            q = both[..., :channels]
-            if in_8_bits:
-                queries.append(kernels.rms_norm_rope_quantize(q, block.norm_q, rotations[at], eps=eps))
-            else:
-                queries.append(kernels.rms_norm_rope(q, block.norm_q, rotations[at], eps=eps))
-            del x, q, both
+            queries.append(_turned(both, block, rotations, keys, mean, run.tokens, eps))
+            del x, both
         lists = _chosen(queries, keys, attention_density) if attention_density < 1 else None
         attend: Attend
-        if in_8_bits:
+        if isinstance(keys, QuantizedKeys):
             rounded = torch.float8_e4m3fn if multiplies_e4m3(hidden.device) else torch.float16
-            rounded_keys = kernels.quantize_keys(keys)
-            del keys  # of full length, and of no use any more
-            attend = partial(_attend_in_8_bits, block, rounded_keys, kernels.quantize_values(values, dtype=rounded))
-            del values
+            attend = partial(_attend_in_8_bits, block, keys, kernels.quantize_values(values, dtype=rounded))
+            del values  # of full length, and of no use any more
         else:
             attend = partial(_attend_in_16_bits, block, keys, values)
         for run, of_run in zip(runs, queries, strict=True):
@@ -123,23 +121,81 @@ def self_attention_8bit(
             _add(stream[:, run.tokens], attend(of_run, listed), block.attended, gate, run.first_tokens)
 
 
-def _chosen(queries: Sequence[Tensor | QuantizedQueries], keys: Tensor, density: float) -> BlockLists:
-    """Choose the blocks of keys for all queries, which lie in runs; in 8 bits the softmax's factor is in them."""
-    means, scale = [], keys.shape[3] ** -0.5
-    for q in queries:
-        if isinstance(q, QuantizedQueries):
-            means.append(kernels.block_means(q.values, kernels.QUERY_BLOCK, q.scale))
-            scale = log(2)
-        else:
-            means.append(kernels.block_means(q, kernels.QUERY_BLOCK))
-    return kernels.choose_blocks(
-        torch.cat(means, 2),
-        kernels.block_means(keys, kernels.KEY_BLOCK),
-        queries=keys.shape[1],
-        keys=keys.shape[1],
-        density=density,
-        scale=scale,
+def _normed(part: Tensor, block: PackedBlock, modulation: Tensor, eps: float, first_tokens: int) -> Quantized:
+    """Give what self-attention's projections read of some tokens, of which the first take modulation row 0."""
+    return kernels.layer_norm_modulate_quantize(
+        part,
+        modulation[:, :, 1],
+        modulation[:, :, 0],
+        block.dtype,
+        eps=eps,
+        first_tokens=first_tokens,
+        rotated=_rotated(block.values),
     )
+
+
+def _mean_of_keys(
+    stream: Tensor, block: PackedBlock, modulation: Tensor, rotations: Tensor, eps: float, first_tokens: int
+) -> Tensor:
+    """Give what is subtracted from all keys of a head, [1, N, D] fp32: the mean of a few, which are computed ahead.
+
+    So the keys themselves can be rounded run by run, and are never there in 16 bits.
+    """
+    num_tokens = stream.shape[1]
+    some = kernels.sampled_tokens(num_tokens, stream.device)
+    of_row_0 = -(-first_tokens * len(some) // num_tokens)  # those of them that are below first_tokens
+    x = _normed(stream[:, some], block, modulation, eps, of_row_0)
+    keys = _product(x, _lower_half(block.queries_keys))
+    turned = kernels.rms_norm_rope(keys, block.norm_k, rotations[some], eps=eps, out_dtype=torch.float32)
+    return turned.mean(1)
+
+
+def _lower_half(layer: PackedLinear) -> PackedLinear:
+    """See the second of two layers of one height that were packed together."""
+    weight, first = layer.weight, layer.weight.shape[0] // 2
+    return PackedLinear(
+        QuantizedWeight(weight.values[first:], weight.scale[first:], weight.rotated),
+        None if layer.bias is None else layer.bias[first:],
+        None if layer.low_rank is None else (layer.low_rank[0], layer.low_rank[1][first:]),
+    )
+
+
+def _turned(
+    both: Tensor,
+    block: PackedBlock,
+    rotations: Tensor,
+    keys: Tensor | QuantizedKeys,
+    mean: Tensor | None,
+    run: slice,
+    eps: float,
+) -> Tensor | QuantizedQueries:
+    """Norm and turn a run's queries and keys; the keys are written to those of all tokens, less a mean if in 8 bits."""
+    (q, k), turns = both.chunk(2, -1), rotations[run]
+    if isinstance(keys, Tensor):
+        kernels.rms_norm_rope(k, block.norm_k, turns, eps=eps, out=keys[:, run])
+        return kernels.rms_norm_rope(q, block.norm_q, turns, eps=eps)
+    assert mean is not None
+    kernels.rms_norm_rope_quantize_keys(k, block.norm_k, turns, mean, eps=eps, out=keys, first_token=run.start)
+    return kernels.rms_norm_rope_quantize(q, block.norm_q, turns, eps=eps)
+
+
+def _chosen(queries: Sequence[Tensor | QuantizedQueries], keys: Tensor | QuantizedKeys, density: float) -> BlockLists:
+    """Choose the blocks of keys for all queries, which lie in runs; in 8 bits the softmax's factor is in them."""
+    if isinstance(keys, QuantizedKeys):  # what was subtracted from all keys of a head is nothing to a softmax
+        values, of_rows = keys.rows
+        k_mean, scale = kernels.block_means(values, kernels.KEY_BLOCK, of_rows), log(2)
+        del of_rows
+        tokens = keys.tokens
+    else:
+        k_mean, scale = kernels.block_means(keys, kernels.KEY_BLOCK), keys.shape[3] ** -0.5
+        tokens = keys.shape[1]
+    means = [
+        kernels.block_means(q.values, kernels.QUERY_BLOCK, q.scale)
+        if isinstance(q, QuantizedQueries)
+        else kernels.block_means(q, kernels.QUERY_BLOCK)
+        for q in queries
+    ]
+    return kernels.choose_blocks(torch.cat(means, 2), k_mean, queries=tokens, keys=tokens, density=density, scale=scale)
 
 
 def _attend_in_8_bits(

@@ -5,11 +5,14 @@ Where a kernel's torch reference widens to fp32 and the GPU's kernel does not, t
 
 import math
 
+import torch
+
 from wanfast.config import DiTConfig
 from wanfast.dit.chunking import KEPT_TEXT_BYTES
+from wanfast.dit.packed import multiplies_e4m3
 
 _FP32, _COMPLEX64 = 4, 8
-_SCORED_KEYS = 64  # that the reference of 8-bit attention takes at a time
+_BLOCK_KEYS = 64  # that have four scales, and that the reference of 8-bit attention takes at a time
 
 
 def dit_activations(
@@ -69,6 +72,7 @@ def dit_activations_8bit(
     chunk_tokens: int,
     is_expanded: bool = False,
     timestep_rows: int = 1,
+    device: str = "cuda",
 ) -> dict[str, int]:
     """Count what `predict_velocities` holds at its peak on a GPU where blocks multiply in 8 bits, for one sample.
 
@@ -81,13 +85,17 @@ def dit_activations_8bit(
         chunk_tokens: tokens computed at a time.
         is_expanded: whether weights are rounded to 8 bits for each use.
         timestep_rows: 2 where the first frame has a timestep of its own.
+        device: the GPU; as if it had e4m3 where none is in this machine.
 
     Returns:
         Bytes by what they are for; their sum is the peak.
     """
     dim, run, heads = config.dim, min(chunk_tokens, num_tokens), config.num_heads
-    # While keys are rounded there are queries in 8 bits with their scales, keys and values in 16, and keys in 8.
-    full_length = num_tokens * (dim * (1 + 2 + 2 + 1) + heads * _FP32)
+    # Queries and keys in 8 bits with their scales, values in 16; then, while values are rounded, those as well. While
+    # they are projected, of a run its tokens in 8 bits, and queries and keys in 16.
+    full_length = num_tokens * (dim * (1 + 1 + 2) + heads * _FP32 * (_BLOCK_KEYS + 4) // _BLOCK_KEYS)
+    value_bytes = 1 if not torch.cuda.is_available() or multiplies_e4m3(torch.device(device)) else 2
+    full_length += dim * max(num_tokens * value_bytes, run * (1 + 2 + 2))
     # Around a run: its tokens in 8 bits, queries for the text in 16 and normed, what they attend to, that in 8 bits.
     text_run = run * dim * (1 + 2 + 2 + 2 + 1)
     # The FFN: its input and its hidden layer in 8 bits, with a scale per 128 channels.
@@ -136,18 +144,20 @@ def dit_activations_8bit_reference(
         Bytes by what they are for; their sum is the peak.
     """
     dim, ffn, run = config.dim, config.ffn_dim, min(chunk_tokens, num_tokens)
-    scales = num_tokens * config.num_heads * _FP32
+    scales = num_tokens * config.num_heads * _FP32 * (_BLOCK_KEYS + 4) // _BLOCK_KEYS
     moments = {
-        # Keys: they and values in 16 bits, queries in 8; less their mean, padded, by heads, and that scaled, in fp32.
-        "keys": (num_tokens * dim * (2 + 2 + 1 + 4 * _FP32) + scales, 0),
-        # Attention: all three in 8 bits, keys and values in fp32; of a run queries, and what scores of 64 keys become.
+        # Keys of a run: it, its queries and keys in 16 bits; turned, padded, in groups, scaled, in fp32, and rounded.
+        "keys": (num_tokens * dim * (1 + 1 + 2) + scales, run * dim * (1 + 2 + 2 + 4 * _FP32 + 1)),
+        # Values: queries and keys in 8 bits; values in 16, scaled, in another order, in fp32, and rounded twice.
+        "values": (num_tokens * dim * (1 + 1 + 2 + 2 * _FP32 + 2) + scales, 0),
+        # Attention: all three in 8 bits, keys and values in fp32; of a run queries, sums, and what scores of 64 keys become.
         "attention": (
             num_tokens * dim * (3 + 2 * _FP32) + scales,
-            run * (dim + 8 * config.num_heads * _SCORED_KEYS) * _FP32,
+            run * (2 * dim + 8 * config.num_heads * _BLOCK_KEYS) * _FP32,
         ),
         # Queries and keys of a run together, summed: in integers, as fp32, scaled, and the sum. e4m3: weights in fp32.
         "projections": (
-            num_tokens * dim * (2 + 2 + 1),
+            num_tokens * dim * (1 + 1 + 2) + scales,
             run * dim * (1 + 6 * _FP32) if is_int8 else run * dim * (1 + 3 * _FP32) + 2 * dim * dim * _FP32,
         ),
         # The FFN's hidden layer: int8 has it, rotated, scaled and rounded; e4m3 scaled beside the weights in fp32.

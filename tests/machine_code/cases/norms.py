@@ -11,6 +11,12 @@ from wanfast.kernels.layer_norm_rotate import _layer_norm_rotate_kernel, rotated
 from wanfast.kernels.residual_norm import _residual_norm_kernel
 from wanfast.kernels.rms_norm_rope import _rms_norm_rope_kernel
 from wanfast.kernels.rms_norm_rope_quantize import _rms_norm_rope_quantize_kernel
+from wanfast.kernels.rms_norm_rope_quantize_keys import (
+    GROUP_TOKENS,
+    _rms_norm_rope_quantize_keys_kernel,
+    heads_at_once,
+    num_warps,
+)
 from wanfast.kernels.rms_norm_silu import _rms_norm_silu_kernel, pixel_tile
 
 TOKENS = 32_760  # 480 x 832, 81 frames
@@ -36,7 +42,19 @@ def _rope(channels: int, arch: int) -> list[Case]:
     queries = launched | constants | {"values_ptr": "i8", "scale_ptr": "fp32", "factor": 0.1275}
     queries |= {f"values_{name}": stride for name, stride in out.items()}
     queries |= {f"scale_{name}": stride // HEAD_DIM for name, stride in out.items()}
+    turn = heads_at_once(channels // HEAD_DIM)
+    keys = launched | {"mean_ptr": "fp32", "values_ptr": "i8", "scale_ptr": "fp32", "x_stride_t": 2 * channels}
+    keys |= {"first_block": 32, "blocks": 512, "N": channels // HEAD_DIM, "HEADS": turn, "TOKENS": GROUP_TOKENS}
     return [
+        Case(
+            kernel="rms_norm_rope_quantize_keys",
+            variant=f"C{channels}",
+            arch=arch,
+            function=_rms_norm_rope_quantize_keys_kernel,
+            arguments=keys,
+            num_warps=num_warps(turn * HEAD_DIM),
+            design=Design(ctas_per_sm=2, loads=HALF_WIDE, stores=WIDE | {"32 bit"}),  # 64: weight and mean; 32: scales
+        ),
         Case(
             kernel="rms_norm_rope",
             variant=f"C{channels}",
