@@ -49,7 +49,7 @@ sanitize: $(VENV)/.dev
 	ls .sanitize/wanfast/_C.*.so
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/.sanitize \
-	$(BIN)/pytest -q --capture=sys -p no:cacheprovider tests/test_csrc.py tests/test_csrc_forms.py tests/vae/test_conv.py
+	$(BIN)/pytest -q --capture=sys -p no:cacheprovider tests/test_csrc.py tests/test_csrc_forms.py tests/test_csrc_winograd.py tests/vae/test_conv.py
 
 triton-versions: $(OTHER_TRITON:%=.triton/%)
 

@@ -28,6 +28,10 @@ PYBIND11_MODULE(_C, m) {
         .value("half_frames", wanfast::Form::half_frames)
         .value("double_picture", wanfast::Form::double_picture)
         .value("double_frames", wanfast::Form::double_frames);
+    py::enum_<wanfast::Method>(m, "Method")
+        .value("fastest", wanfast::Method::fastest)
+        .value("direct", wanfast::Method::direct)
+        .value("winograd", wanfast::Method::winograd);
     m.def("instruction_sets", &wanfast::instruction_sets, "What this CPU can run, best first.");
     m.def("has_bf16_products", &wanfast::has_bf16_products, "Whether the first of them multiplies bf16.");
     m.def("has_bf16_matrices", &wanfast::has_bf16_matrices, "Whether this CPU has matrix units for bf16.");
@@ -47,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
            std::uintptr_t residual, std::uintptr_t norm, std::uintptr_t y, std::int64_t batch,
            std::int64_t channels, std::int64_t out_channels, std::int64_t frames, std::int64_t history_frames,
            std::int64_t height, std::int64_t width, std::int64_t kt, std::int64_t kh, std::int64_t kw,
-           wanfast::Form form, wanfast::Format format, int num_threads, const std::string& instruction_set) {
+           wanfast::Form form, wanfast::Format format, int num_threads, const std::string& instruction_set,
+           wanfast::Method method) {
             const wanfast::ConvShape shape{batch,  channels, out_channels, frames, history_frames,
                                            height, width,    kt,           kh,     kw,     form};
             const wanfast::ConvArguments arguments{at<const void>(x),
@@ -59,13 +64,13 @@ PYBIND11_MODULE(_C, m) {
                                                    at<void>(y),
                                                    shape,
                                                    format};
-            wanfast::causal_conv3d(arguments, num_threads, instruction_set);
+            wanfast::causal_conv3d(arguments, num_threads, instruction_set, method);
         },
         py::kw_only(), py::arg("x"), py::arg("history"), py::arg("packed"), py::arg("bias"), py::arg("residual"),
         py::arg("norm"), py::arg("y"), py::arg("batch"), py::arg("channels"),
         py::arg("out_channels"), py::arg("frames"), py::arg("history_frames"), py::arg("height"), py::arg("width"),
         py::arg("kt"), py::arg("kh"), py::arg("kw"), py::arg("form"), py::arg("format"), py::arg("num_threads"),
-        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+        py::arg("instruction_set"), py::arg("method"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "norm_silu",
         [](std::uintptr_t x, std::uintptr_t norm, std::uintptr_t y, std::int64_t pixels, std::int64_t channels,

@@ -8,6 +8,7 @@
 
 #include "convolution.h"
 #include "threads.h"
+#include "winograd.h"
 
 namespace wanfast {
 namespace {
@@ -93,13 +94,21 @@ bool has_bf16_matrices() {
 #endif
 }
 
-void causal_conv3d(const ConvArguments& arguments, int num_threads, const std::string& instruction_set) {
+void causal_conv3d(const ConvArguments& arguments, int num_threads, const std::string& instruction_set, Method method) {
     const ConvShape& shape = arguments.shape;
     const bool is_doubled = shape.form == Form::double_picture;
     for (const int64_t size : {shape.kt, shape.kh, shape.kw})
         if (size != 1 && size != (is_doubled ? 2 : 3))
             throw std::invalid_argument("weight: kernel sizes must be 1 or 3, got " + std::to_string(size));
-    Convolution(arguments, num_threads, find_kernels(instruction_set, arguments.format)).run();
+    const Kernels& kernels = find_kernels(instruction_set, arguments.format);
+    if (method == Method::winograd && !Winograd::serves(arguments))
+        throw std::invalid_argument("method: winograd takes 3 x 3 kernels of stride 1, fp32 weights; direct takes all");
+    if (method == Method::fastest)
+        method = Winograd::serves(arguments) && Winograd::is_faster(shape) ? Method::winograd : Method::direct;
+    if (method == Method::winograd)
+        Winograd(arguments, num_threads, kernels).run();
+    else
+        Convolution(arguments, num_threads, kernels).run();
 }
 
 void norm_silu(const void* x, const float* norm, void* y, int64_t pixels, int64_t channels, Format format,

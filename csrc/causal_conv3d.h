@@ -25,7 +25,8 @@ enum class Form {
     half_frames,     // 3 frames, t' = 2 t + 1: the first output sees one frame before the chunk
     double_picture,  // 2 x 2, four sets of weights: outputs of an even row see the rows above and here, of an odd row
                      // here and below, likewise of columns. The taps of a 3 x 3 convolution of a picture doubled by
-                     // repetition, summed where they fall on one pixel
+                     // repetition, summed where they fall on one pixel: over rows or columns, either parity's taps
+                     // have the same sum, which Winograd's way relies on
     double_frames,   // as `same`, O / 2 outputs to a pixel: the first half of O is the even frames, the rest the odd
 };
 
@@ -40,6 +41,14 @@ enum class Format {
     fp32,
     bf16_widened,  // bf16 frames, fp32 weights: for every CPU
     bf16_pairs,    // bf16 frames and weights, multiplied two at a time: where has_bf16_products()
+};
+
+// How sums are computed: Winograd's way takes fewer products, has other roundings, and serves 3 x 3 taps of stride 1
+// where weights are fp32.
+enum class Method {
+    fastest,
+    direct,
+    winograd,
 };
 
 struct ConvArguments {
@@ -80,8 +89,8 @@ bool has_bf16_products();
 bool has_bf16_matrices();
 
 // Each value is summed in one order, whatever the number of threads and however a sequence is cut into chunks.
-// Throws std::invalid_argument for a kernel size, an instruction set or a format it cannot serve.
-void causal_conv3d(const ConvArguments& arguments, int num_threads, const std::string& instruction_set);
+// Throws std::invalid_argument for a kernel size, an instruction set, a format or a method it cannot serve.
+void causal_conv3d(const ConvArguments& arguments, int num_threads, const std::string& instruction_set, Method method);
 
 // The norm and SiLU alone: x [pixels, C] -> y, which may be x; both bf16 unless the format is fp32.
 void norm_silu(const void* x, const float* norm, void* y, std::int64_t pixels, std::int64_t channels, Format format,

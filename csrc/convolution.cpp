@@ -29,6 +29,17 @@ Floats padded(const float* values, int64_t count) {
     return copy;
 }
 
+const std::byte* frame_at(const ConvArguments& arguments, int64_t batch, int64_t at) {
+    const ConvShape& shape = arguments.shape;
+    const int64_t size = shape.height * shape.width * shape.channels * (arguments.format == Format::fp32 ? 4 : 2);
+    if (at >= 0) return static_cast<const std::byte*>(arguments.x) + (batch * shape.frames + at) * size;
+    const int64_t in_history = shape.history_frames + at;
+    if (in_history < 0) return nullptr;
+    return static_cast<const std::byte*>(arguments.history) + (batch * shape.history_frames + in_history) * size;
+}
+
+int threads_for(double products, int num_threads) { return products < kThreadWork ? 1 : std::max(num_threads, 1); }
+
 Convolution::Convolution(const ConvArguments& arguments, int num_threads, const Kernels& kernels)
     : arguments_(arguments), shape_(arguments.shape), kernels_(kernels) {
     const Form form = shape_.form;
@@ -63,7 +74,7 @@ void Convolution::cut(int num_threads) {
     const int64_t tiles = shape_.batch * frames_ * phases_ * height_ * row_tiles_;
     const int64_t sums = tiles * kernels_.max_pixels * shape_.out_channels;
     const int64_t terms = shape_.kt * shape_.kh * shape_.kw * shape_.channels;
-    num_threads_ = double(sums) * double(terms) < kThreadWork ? 1 : std::max(num_threads, 1);
+    num_threads_ = threads_for(double(sums) * double(terms), num_threads);
 
     const int64_t line_tiles = std::max(shape_.kh, kBlockSlots / (block_chunks_ * shape_.kt * line_slots_));
     const int64_t sum_tiles = std::max<int64_t>(1, kSumFloats / (kernels_.max_pixels * sums_stride_));
@@ -110,15 +121,6 @@ int64_t Convolution::lead(int64_t kernel_size, int64_t parity) const {
     return phases_ == 4 ? 1 - parity : kernel_size / 2;
 }
 
-// Frame `at` of a batch entry, counted from x's first; none before the history's first.
-const std::byte* Convolution::input(int64_t batch, int64_t at) const {
-    const int64_t size = shape_.height * shape_.width * shape_.channels * element_bytes_;
-    if (at >= 0) return static_cast<const std::byte*>(arguments_.x) + (batch * shape_.frames + at) * size;
-    const int64_t in_history = shape_.history_frames + at;
-    if (in_history < 0) return nullptr;
-    return static_cast<const std::byte*>(arguments_.history) + (batch * shape_.history_frames + in_history) * size;
-}
-
 void Convolution::compute(const Unit& unit, const Scratch& scratch) const {
     for (int64_t pixel = 0; pixel < unit.rows * unit.width; ++pixel)
         std::copy_n(bias_.get(), sums_stride_, scratch.sums + pixel * sums_stride_);
@@ -138,7 +140,7 @@ void Convolution::gather(const Unit& unit, int64_t chunk, int64_t chunks, float*
     const int64_t row_bytes = shape_.width * shape_.channels * element_bytes_;
     const int64_t first = stride_ * unit.row - lead(shape_.kh, unit.phase / 2);
     for (int64_t i = 0; i < shape_.kt; ++i) {
-        const std::byte* frame = input(unit.batch, stride_frames_ * unit.frame + i - lead_frames_);
+        const std::byte* frame = frame_at(arguments_, unit.batch, stride_frames_ * unit.frame + i - lead_frames_);
         if (frame == nullptr) continue;  // never read: see first_frame
         for (int64_t j = 0; j < stride_ * (unit.rows - 1) + shape_.kh; ++j) {
             const bool is_inside = first + j >= 0 && first + j < shape_.height;

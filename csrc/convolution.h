@@ -29,11 +29,17 @@ inline std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (val
 // for null.
 Floats padded(const float* values, std::int64_t count);
 
-// The whole call. Output rows are cut into tiles, and tiles gathered into units: rectangles of one frame that one
-// thread computes from start to end. Some chunks of channels at a time, a unit's inputs are copied from where they lie
-// into lines as the micro-kernels read them, borders filled in; each panel's weights then meet all its tiles. When a
-// unit's sums are complete, they go through the residual, the norm and SiLU on their way to y: a unit has all channels
-// of its pixels, in its core's cache.
+// Frame `at` of a batch entry, counted from x's first; null before the history's first.
+const std::byte* frame_at(const ConvArguments& arguments, std::int64_t batch, std::int64_t at);
+
+// One where a second thread costs more than it saves.
+int threads_for(double products, int num_threads);
+
+// The direct sum, the whole call. Output rows are cut into tiles, and tiles gathered into units: rectangles of one
+// frame that one thread computes from start to end. Some chunks of channels at a time, a unit's inputs are copied from
+// where they lie into lines as the micro-kernels read them, borders filled in; each panel's weights then meet all its
+// tiles. When a unit's sums are complete, they go through the residual, the norm and SiLU on their way to y: a unit has
+// all channels of its pixels, in its core's cache.
 //
 // The norm and SiLU before a convolution are the end of the convolution before it, or else a pass (norm_silu). Done as
 // pixels are copied into lines, each would be normed about four times, once for every kernel frame and unit that
@@ -70,7 +76,6 @@ class Convolution {
     std::int64_t column(std::int64_t tile) const { return tile * width_ / row_tiles_; }
     // Rows above, or columns to the left, of a pixel that its sum begins with.
     std::int64_t lead(std::int64_t kernel_size, std::int64_t parity) const;
-    const std::byte* input(std::int64_t batch, std::int64_t at) const;
 
     ConvArguments arguments_;
     ConvShape shape_;                     // pixels of a 1 x 1 kernel as one row

@@ -15,6 +15,7 @@ namespace avx512 {  // 14 x 2 sums, 2 weights, 1 pixel in 32 registers
 #define PANELS 2
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #include "pixels.inc"
+#include "winograd.inc"
 INLINE void multiply_add(Vector& sums, Vector weights, const float* slot) { sums += weights * *slot; }
 #include "microkernel.inc"
 #undef TARGET
@@ -25,6 +26,7 @@ namespace avx512_bf16 {  // two products at a time in each lane
 typedef int Pair __attribute__((may_alias));
 #define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #include "pixels.inc"
+#include "winograd.inc"
 INLINE void multiply_add(Vector& sums, Vector weights, const float* slot) {
     const __m512i pair = _mm512_set1_epi32(*reinterpret_cast<const Pair*>(slot));
     sums = (Vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)pair);
@@ -43,6 +45,7 @@ namespace avx2 {  // 6 x 2 sums, 2 weights, 1 pixel in 16 registers
 #define PANELS 1
 #define TARGET __attribute__((target("avx2,fma")))
 #include "pixels.inc"
+#include "winograd.inc"
 INLINE void multiply_add(Vector& sums, Vector weights, const float* slot) { sums += weights * *slot; }
 #include "microkernel.inc"
 #undef LANES
@@ -63,6 +66,7 @@ namespace portable {
 #define PANELS 1
 #define TARGET
 #include "pixels.inc"
+#include "winograd.inc"
 INLINE void multiply_add(Vector& sums, Vector weights, const float* slot) { sums += weights * *slot; }
 #include "microkernel.inc"
 #undef LANES

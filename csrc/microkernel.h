@@ -50,6 +50,46 @@ struct Finish {
     std::int64_t y_stride;  // elements from a pixel to the next
 };
 
+// Inputs of neighbouring tiles of Winograd's convolution (winograd.inc), a chunk of channels each, on their way into
+// lines of a cache line per tile.
+struct TileInputs {
+    const void* rows[4];          // of the picture, first channel of the chunk; null outside
+    std::int64_t stride;          // channels from a pixel to the next
+    std::int64_t width;           // of the picture
+    std::int64_t column;          // of the first tile's first input; columns outside the picture are zero
+    std::int64_t channels;        // in the chunk, 1 to 16; what follows the last is zero or left as it is
+    std::int64_t tiles;
+    float* lines;                 // [product][...][tiles][16]
+    std::int64_t product_stride;  // floats from one of a tile's products to the next
+};
+
+// Packed weights of a chunk of input channels and a panel of outputs.
+struct TileWeights {
+    const float* packed;  // [sets][...][frames][taps][taps][slots][16]
+    std::int64_t set_stride;
+    std::int64_t frames, slots;
+    float* transformed;  // [product][...][frames][slots][16]
+    std::int64_t product_stride;
+};
+
+// Sums of products of neighbouring tiles, a panel of outputs, on their way to two rows of pixels.
+struct TileSums {
+    const float* products;  // [product][...][tiles][...]
+    std::int64_t product_stride, tile_stride;
+    std::int64_t tiles;
+    const float* bias;
+    float* sums;                            // [2][...][2 * tiles][...]
+    std::int64_t row_stride, sums_stride;  // floats from a row, a pixel to the next
+};
+
+struct Transforms {
+    int size;  // inputs of a tile along an axis, and products
+    int step;  // inputs from a tile to the next
+    void (*inputs)(const TileInputs&);
+    void (*weights)(const TileWeights&);
+    void (*sums)(const TileSums&);
+};
+
 struct Kernels {
     static constexpr int kMaxPixels = 14;
     static constexpr int kMaxPanels = 2;
@@ -61,6 +101,7 @@ struct Kernels {
     // x [positions][channels] -> y, which may be x; norm as in Finish
     void (*norm_silu)(const void* x, std::int64_t positions, std::int64_t channels, const float* norm, void* y);
     void (*finish)(const Finish&);
+    Transforms plain, doubled;  // for Form::same and double_picture; all null where weights are bf16
 };
 
 struct KernelSet {

@@ -1,4 +1,4 @@
-"""The C++ extension's convolution of stride 1 in fp32 on every instruction set of this CPU, against float64."""
+"""The C++ extension's direct sum of stride 1 in fp32 on every instruction set of this CPU, against float64."""
 
 import threading
 import time
@@ -68,7 +68,7 @@ CASES = [
 @pytest.mark.parametrize(("shape", "out_channels", "seen"), CASES)
 def test_equals_float64(instruction_set, kernel, shape, out_channels, seen):
     x, history, weight, bias = problem(shape, out_channels, min(seen, kernel[0] - 1), kernel)
-    y = causal_conv3d_extension(x, history, prepare(weight), bias, instruction_set=instruction_set)
+    y = causal_conv3d_extension(x, history, prepare(weight), bias, method="direct", instruction_set=instruction_set)
     assert_close(got=y, want=truth(x, history, weight, bias), op="conv3d_fp32")
 
 
@@ -76,7 +76,7 @@ def test_equals_float64(instruction_set, kernel, shape, out_channels, seen):
 @pytest.mark.parametrize("width", range(1, 33))
 def test_every_width_of_a_row(instruction_set, width):
     x, history, weight, bias = problem((1, 2, 1, 2, width), 33, 1, (3, 3, 3))
-    y = causal_conv3d_extension(x, history, prepare(weight), bias, instruction_set=instruction_set)
+    y = causal_conv3d_extension(x, history, prepare(weight), bias, method="direct", instruction_set=instruction_set)
     assert_close(got=y, want=truth(x, history, weight, bias), op="conv3d_fp32")
 
 
@@ -86,7 +86,9 @@ def test_any_number_of_threads_gives_the_same_bits(instruction_set, set_threads)
     packed, results = prepare(weight), []
     for threads in (1, 2, 4, 64):
         set_threads(threads)
-        results.append(causal_conv3d_extension(x, history, packed, bias, instruction_set=instruction_set))
+        results.append(
+            causal_conv3d_extension(x, history, packed, bias, method="direct", instruction_set=instruction_set)
+        )
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert_close(got=results[0], want=truth(x, history, weight, bias), op="conv3d_fp32")
 
@@ -97,7 +99,7 @@ def test_frames_batches_and_chunks_do_not_change_the_bits(instruction_set):
     packed = prepare(weight)
 
     def run(x: Tensor, history: Tensor | None) -> Tensor:
-        return causal_conv3d_extension(x, history, packed, bias, instruction_set=instruction_set)
+        return causal_conv3d_extension(x, history, packed, bias, method="direct", instruction_set=instruction_set)
 
     whole = run(x, history)
     assert torch.equal(run(x[1:], history[1:]), whole[1:])
@@ -111,7 +113,7 @@ def test_nan_and_infinity_reach_exactly_the_outputs_that_read_them(instruction_s
     x[0, 3, 1, 2, 15] = float("nan")
     x[0, 17, 0, 5, 29] = float("inf")
     history[0, 16, 0, 0, 0] = float("-inf")
-    got = causal_conv3d_extension(x, history, prepare(weight), bias, instruction_set=instruction_set)
+    got = causal_conv3d_extension(x, history, prepare(weight), bias, method="direct", instruction_set=instruction_set)
     want = truth(x, history, weight, bias)
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
     assert 0 < int(want.isfinite().sum()) < want.numel()
@@ -124,7 +126,7 @@ def test_writes_every_output_whatever_memory_held(instruction_set, monkeypatch):
     packed = prepare(weight)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    y = causal_conv3d_extension(x, history, packed, bias, instruction_set=instruction_set)
+    y = causal_conv3d_extension(x, history, packed, bias, method="direct", instruction_set=instruction_set)
     monkeypatch.undo()
     assert_close(got=y, want=truth(x, history, weight, bias), op="conv3d_fp32")
 

@@ -1,4 +1,4 @@
-"""The C++ extension in all its forms, in fp32 and bf16, with what follows a convolution, against float64."""
+"""The C++ extension in all its forms, as direct sums, in fp32 and bf16, with what follows, against float64."""
 
 import itertools
 
@@ -109,7 +109,7 @@ def test_equals_float64(way, form, size, seen, out_channels):
     x, history, weight, bias = problem(form, size, seen, out_channels, dtype)
     want = truth(form, x, history, weight, bias)
     prepared = packed(weight, form, as_pairs)
-    y = causal_conv3d_extension(x, history, prepared, bias, instruction_set=instruction_set)
+    y = causal_conv3d_extension(x, history, prepared, bias, method="direct", instruction_set=instruction_set)
     assert y.shape == want.shape == prepared.out_shape(x) and y.dtype == dtype
     assert_close(got=y, want=want, op=op(dtype))
 
@@ -126,7 +126,9 @@ def test_what_follows_is_what_it_is_on_its_own(way, form):
     prepared, kept = packed(weight, form, as_pairs), residual.clone()
 
     def run(**options):
-        return causal_conv3d_extension(x, history, prepared, bias, instruction_set=instruction_set, **options)
+        return causal_conv3d_extension(
+            x, history, prepared, bias, method="direct", instruction_set=instruction_set, **options
+        )
 
     added = run(residual=residual)
     assert_close(got=added, want=want + residual.double(), op=op(dtype))
@@ -173,7 +175,7 @@ def test_nan_reaches_exactly_the_outputs_that_read_it(way):
     x, history, weight, bias = problem("half_picture", (18, 1, 6, 30), 0, 20, dtype)
     x[0, 3, 0, 2, 15] = float("nan")
     y = causal_conv3d_extension(
-        x, history, packed(weight, "half_picture", as_pairs), bias, instruction_set=instruction_set
+        x, history, packed(weight, "half_picture", as_pairs), bias, method="direct", instruction_set=instruction_set
     )
     assert torch.equal(y.isnan(), truth("half_picture", x, history, weight, bias).isnan())
     pixels = torch.randn(1, 5, 1, 1, 3).to(dtype).contiguous(memory_format=CL3D)
@@ -190,7 +192,9 @@ def test_a_nan_stays_one_whatever_its_bits(way):
     prepared = packed(weight, "same", as_pairs)
     bias = torch.full((18,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     y = torch.zeros(prepared.out_shape(x), dtype=dtype).contiguous(memory_format=CL3D)
-    extension.convolve(x, None, prepared.data, prepared.shape, "same", bias, y, instruction_set=instruction_set)
+    extension.convolve(
+        x, None, prepared.data, prepared.shape, "same", bias, y, method="direct", instruction_set=instruction_set
+    )
     assert y.isnan().all()
 
 
@@ -203,7 +207,11 @@ def test_any_number_of_threads_gives_the_same_bits(way, form, set_threads):
     norm = random(prepared.out_shape(x)[1], 1, 1, 1, dtype=dtype)
     for threads in (1, 2, 8):
         set_threads(threads)
-        results.append(causal_conv3d_extension(x, history, prepared, bias, norm=norm, instruction_set=instruction_set))
+        results.append(
+            causal_conv3d_extension(
+                x, history, prepared, bias, norm=norm, method="direct", instruction_set=instruction_set
+            )
+        )
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

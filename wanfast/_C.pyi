@@ -13,6 +13,11 @@ class Format:
     bf16_widened: Format
     bf16_pairs: Format
 
+class Method:
+    fastest: Method
+    direct: Method
+    winograd: Method
+
 def instruction_sets() -> list[str]: ...
 def has_bf16_products() -> bool: ...
 def has_bf16_matrices() -> bool: ...
@@ -41,6 +46,7 @@ def causal_conv3d(
     format: Format,
     num_threads: int,
     instruction_set: str,
+    method: Method,
 ) -> None: ...
 def norm_silu(
     *, x: int, norm: int, y: int, pixels: int, channels: int, format: Format, num_threads: int, instruction_set: str

@@ -150,7 +150,7 @@ def dit_activations_8bit_reference(
         "keys": (num_tokens * dim * (1 + 1 + 2) + scales, run * dim * (1 + 2 + 2 + 4 * _FP32 + 1)),
         # Values: queries and keys in 8 bits; values in 16, scaled, in another order, in fp32, and rounded twice.
         "values": (num_tokens * dim * (1 + 1 + 2 + 2 * _FP32 + 2) + scales, 0),
-        # Attention: all three in 8 bits, keys and values in fp32; of a run queries, sums, and what scores of 64 keys become.
+        # Attention: all three in 8 bits, keys and values in fp32; of a run queries, sums, what 64 keys give.
         "attention": (
             num_tokens * dim * (3 + 2 * _FP32) + scales,
             run * (2 * dim + 8 * config.num_heads * _BLOCK_KEYS) * _FP32,

@@ -69,6 +69,7 @@ def convolve(
     residual: Tensor | None = None,
     norm: Tensor | None = None,
     instruction_set: str = "auto",
+    method: str = "fastest",
 ) -> None:
     """Write a convolution's result to y.
 
@@ -83,9 +84,10 @@ def convolve(
         residual: added; y's shape, dtype and layout.
         norm: [O, ...], or None: the norm's weight that y goes through, and SiLU after it.
         instruction_set: one of `instruction_sets()`; "auto" is the first.
+        method: one of the names of `_C.Method`.
 
     Raises:
-        ValueError: an instruction set that this CPU lacks.
+        ValueError: an instruction set that this CPU lacks, or a method that does not serve the form or the format.
     """
     out_channels, channels, kt, kh, kw = shape
     batch, _, frames, height, width = x.shape
@@ -113,6 +115,7 @@ def convolve(
         format=_format(x.dtype, packed.dtype),
         num_threads=torch.get_num_threads(),
         instruction_set=instruction_set,
+        method=getattr(_C.Method, method),
     )
 
 
