@@ -63,14 +63,10 @@ def test_the_denoising_and_the_vae_are_wanfasts(case: Case) -> None:
     def never(module: nn.Module, arguments: object) -> None:
         assert type(module) not in own, "diffusers' own layer was called"
 
-    watch = register_module_forward_pre_hook(never)
-    try:
-        with pytest.raises(AssertionError, match="own layer"):
-            case.run()
-        with case.accelerated():
-            case.run()
-    finally:
-        watch.remove()
+    with register_module_forward_pre_hook(never), pytest.raises(AssertionError, match="own layer"):
+        case.run()
+    with case.accelerated(), register_module_forward_pre_hook(never):
+        case.run()
 
 
 def test_return_dict_false_gives_a_tuple(t2v: Case) -> None:

@@ -1,5 +1,6 @@
 """A benchmark's report as a page."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def _head(report: Mapping[str, Any]) -> Iterator[str]:
         f" device {case['device']}. {known}; commit {report['commit'] or 'not known'}; {report['date']}."
     )
     yield ""
-    yield f"`{_text(' '.join(report['command']))}`"
+    yield "`" + " ".join(shlex.join(report["command"]).split()).replace("`", "'") + "`"
 
 
 def _findings(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -78,6 +79,7 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
     peaks = {(engine["peak"]["of"], engine["peak"]["source"], engine["peak"]["flops"]) for engine in engines}
     for of, source, flops in sorted(peaks):
         yield f"Peak: {flops / 1e12:.4g} TFLOPS, {source}: {of}."
+    yield "Cold is load and total of the first run, warm the median of the others' totals."
     yield "TFLOPS count every forward in full, whatever an engine skips of it."
 
 
@@ -92,7 +94,7 @@ def _difference(engine: Mapping[str, Any], to: str, is_speed_only: bool) -> list
 
 
 def _stages(engines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "Seconds of each stage: cold, then the warm median and, in brackets, its lowest and highest."
+    yield "Seconds of each stage: cold, then the warm median and, in brackets, the lowest and highest of several runs."
     yield ""
     names = [engine["name"] for engine in engines]
     yield from _row(["stage", *(f"{name}, {kind}" for name in names for kind in ("cold", "warm"))])
@@ -105,8 +107,10 @@ def _stages(engines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _stage_cells(engine: Mapping[str, Any], stage: str) -> list[str]:
     cold, warm = (engine["cold"] or {}).get(stage), engine["warm"].get(stage)
-    told = "" if warm is None else f"{warm['median']:.4g} ({warm['min']:.4g} to {warm['max']:.4g})"
-    return [_number(cold), told]
+    if warm is None:
+        return [_number(cold), ""]
+    spread = "" if warm["min"] == warm["max"] else f" ({warm['min']:.4g} to {warm['max']:.4g})"
+    return [_number(cold), _number(warm["median"]) + spread]
 
 
 def _resources(engines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

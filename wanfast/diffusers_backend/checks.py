@@ -1,16 +1,22 @@
 """What wanfast cannot honour in a diffusers module, refused by name."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
 from types import MethodType
 from typing import Any, NoReturn
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from wanfast.diffusers_backend.original import adapted_kind, original_of, other_parts, other_settings
 from wanfast.errors import RequestError
 
-# Whose layers compute what their names say; one of somebody's own in their place may do anything.
-_PACKAGES = ("accelerate", "diffusers", "peft", "torch", "transformers", "wanfast")
+# Whose layers compute what their names say: those of diffusers' models, and those in what PEFT wraps around them.
+_PACKAGES = ("diffusers", "peft", "torch")
+_LEAVE_OUT = "leave that out, or use diffusers without wanfast"
 
 # Methods of diffusers' models that change how the layers inside are called; wanfast calls none of them.
 REFUSED = {
@@ -56,50 +62,61 @@ def has_hook(module: nn.Module) -> bool:
 
 
 class NotCompiled:
-    """What torch.compile asks a module for before it wraps it; to trace wanfast's own code would take it minutes."""
+    """What torch.compile asks a module for before it wraps it: a wrapped one could not be restored."""
 
     def __get__(self, module: object, kind: type) -> NoReturn:
-        """Refuse, unless the class itself is looked at."""
-        if module is None:
+        """Refuse torch.compile; to all others, such as `inspect`, the attribute is not there."""
+        if module is None or not sys._getframe(1).f_globals.get("__name__") == "torch._dynamo.eval_frame":
             raise AttributeError
         raise RequestError(f"torch.compile: must not be called on an accelerated module; {REFUSED['compile']}")
 
 
 def check_whole(part: str, module: Any) -> None:
-    """Refuse a transformer or VAE whose own forward somebody has replaced, as scripts do that skip steps or blocks.
+    """Refuse a transformer or VAE that is called otherwise than its class is written, as scripts do that skip steps.
 
     Args:
         part: its name in the pipeline.
         module: a diffusers model; a hook of accelerate's may stand before its forward.
 
     Raises:
-        RequestError: it has another forward than its class, or its class another one than diffusers gave it.
+        RequestError: what wanfast is to replace is not what diffusers wrote, or hooks hang on all modules.
     """
-    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
-    is_class_own = own is None or (isinstance(own, MethodType) and own.__func__ is type(module).forward)
-    if not is_class_own or _is_patched(type(module), "forward"):
+    if _global_forward_hooks or _global_forward_pre_hooks:
         raise RequestError(
-            f"{part}: its forward must be diffusers' own, which wanfast computes, got another that was put in its"
-            " place; leave that out, or use diffusers without wanfast"
+            f"{part}: there must be no hooks on all modules, as wanfast does not call the layers inside, but"
+            f" torch.nn.modules.module.register_module_forward_hook or its like was called; {_LEAVE_OUT}"
         )
+    kind = type(module)
+    forward = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    for method in ("forward", "_encode", "_decode"):
+        own = module.__dict__.get(forward if method == "forward" else method)
+        is_class_own = own is None or (isinstance(own, MethodType) and own.__func__ is getattr(kind, method))
+        if hasattr(kind, method) and not (is_class_own and _is_as_written(kind, method)):
+            raise RequestError(
+                f"{part}: its {method} must be diffusers' own, which wanfast computes, got another that was put in its"
+                f" place; {_LEAVE_OUT}"
+            )
 
 
-def _is_patched(kind: type, name: str) -> bool:
-    """Whether a method comes from another package than the class that defines it."""
+def _is_as_written(kind: type, name: str) -> bool:
+    """Whether a method comes from the package of the class that defines it."""
     owner = next(base for base in kind.__mro__ if name in vars(base))
     source = getattr(vars(owner)[name], "__globals__", {}).get("__name__", "")  # a wrapper cannot disguise these
-    return bool(source.partition(".")[0] != owner.__module__.partition(".")[0])
+    return bool(source.partition(".")[0] == owner.__module__.partition(".")[0])
 
 
 def check_module(part: str, module: Any) -> None:
-    """Refuse a transformer or VAE in which something hangs on the layers inside.
+    """Refuse a transformer or VAE in which a layer is not as diffusers makes it of the model's config.
+
+    Its parameters' values are the user's, and what PEFT has wrapped around its layers.
 
     Args:
         part: its name in the pipeline.
-        module: a diffusers model.
+        module: a diffusers model, which may be accelerated.
 
     Raises:
-        RequestError: quantisation, a hook, a compiled block, another attention or fused projections; by name.
+        RequestError: quantisation, a hook, a compiled block, another attention or fused projections; a layer, a setting
+            or a table that is another, is missing or too much; by name.
     """
     if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
         raise RequestError(
@@ -108,43 +125,66 @@ def check_module(part: str, module: Any) -> None:
         )
     if module.__dict__.get("_compiled_call_impl") is not None:
         raise RequestError(f"{part}: must not be compiled; {REFUSED['compile']}")
-    kinds = {type(child) for name, child in module.named_modules() if name}
-    if foreign := sorted(kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] not in _PACKAGES):
-        raise RequestError(
-            f"{part}: its layers must be diffusers' own, which wanfast computes, got a {foreign[0]}; leave that out, or"
-            " use diffusers without wanfast"
-        )
-    if patched := sorted(kind.__name__ for kind in kinds if _is_patched(kind, "forward")):
-        raise RequestError(
-            f"{part}: its layers must compute as diffusers wrote them, got another forward put into {patched[0]}; leave"
-            " that out, or use diffusers without wanfast"
-        )
-    for name, child in module.named_modules():
-        if not name:
-            continue
-        if has_hook(child):
+    kind = next(kind for kind in (WanTransformer3DModel, AutoencoderKLWan) if isinstance(module, kind))
+    of_kinds = {}
+    for name, layer, wanted in _pairs(module, original_of(kind, module)):
+        if name:
+            of_kinds[type(layer)] = name
+            _check_layer(part, name, layer, wanted)
+        settings = other_settings(layer, wanted) if name else ()  # the whole module's own are honoured
+        for difference in chain(other_parts(layer, wanted), settings):
             raise RequestError(
-                f"{part}: nothing may hang on the layers inside, as wanfast does not call them, but {name} has a hook,"
-                " a compiled call or a forward of its own (enable_group_offload, enable_sequential_cpu_offload,"
-                " enable_layerwise_casting, enable_cache, compile_repeated_blocks or another library); leave that out,"
-                " and bound memory with wanfast.accelerate(pipe, vram=...)"
+                f"{part}: {name or 'it'} must be as diffusers makes it, which wanfast computes, but has {difference};"
+                f" {_LEAVE_OUT}"
             )
-        if getattr(child, "fused_projections", False):
-            raise RequestError(f"{part}: {name} has fused projections; {REFUSED['fuse_qkv_projections']}")
-        _check_processor(part, name, getattr(child, "processor", None))
+    for kind, name in of_kinds.items():
+        if not (_is_as_written(kind, "forward") and _is_as_written(kind, "__init__")):
+            raise RequestError(
+                f"{part}: its layers must compute as diffusers wrote them, but another method was put into"
+                f" {kind.__name__}, as of {name}; {_LEAVE_OUT}"
+            )
 
 
-def _check_processor(part: str, name: str, processor: Any) -> None:
-    if processor is None:
-        return
+def _pairs(module: Any, wanted: nn.Module | None, name: str = "") -> Iterator[tuple[str, Any, nn.Module | None]]:
+    """Yield a module and all within, each with its original; what PEFT has put around a layer has none but itself."""
+    if isinstance(module, adapted_kind()):
+        for inner, child in module.named_modules():
+            if inner.partition(".")[0] != "base_layer":
+                yield f"{name}.{inner}".rstrip("."), child, child
+        module = module.get_base_layer()
+    yield name, module, wanted
+    for child, original in () if wanted is None else wanted._modules.items():
+        yield from _pairs(module._modules[child], original, f"{name}.{child}".lstrip("."))
+
+
+def _check_layer(part: str, name: str, layer: Any, wanted: Any) -> None:
+    kind = type(layer)
+    if kind is not type(wanted) or kind.__module__.partition(".")[0] not in _PACKAGES:
+        raise RequestError(
+            f"{part}: {name} must be a {type(wanted).__name__} as diffusers makes it, which wanfast computes, got a"
+            f" {kind.__name__}; {_LEAVE_OUT}"
+        )
+    if has_hook(layer):
+        raise RequestError(
+            f"{part}: nothing may hang on the layers inside, as wanfast does not call them, but {name} has a hook,"
+            " a compiled call or a forward of its own (enable_group_offload, enable_sequential_cpu_offload,"
+            " enable_layerwise_casting, enable_cache, compile_repeated_blocks or another library); leave that out,"
+            " and bound memory with wanfast.accelerate(pipe, vram=...)"
+        )
+    if getattr(layer, "fused_projections", False):
+        raise RequestError(f"{part}: {name} has fused projections; {REFUSED['fuse_qkv_projections']}")
+    if "processor" in layer.__dict__:
+        _check_processor(part, name, layer.processor, wanted.processor)
+
+
+def _check_processor(part: str, name: str, processor: Any, wanted: Any) -> None:
     backend = getattr(processor, "_attention_backend", None)
-    kind = type(processor).__name__
     chosen = "native" if backend is None else str(getattr(backend, "value", backend))
-    is_own = kind in ("WanAttnProcessor", "WanAttnProcessor2_0") and not _is_patched(type(processor), "__call__")
+    is_own = type(processor) is type(wanted) and _is_as_written(type(processor), "__call__")
     if not is_own or chosen != "native":
         raise RequestError(
-            f"{part}: {name} must have diffusers' own attention, got {kind} with the backend {chosen};"
-            f" {REFUSED['set_attention_backend']}"
+            f"{part}: {name} must have diffusers' own attention, got {type(processor).__name__} with the backend"
+            f" {chosen}; {REFUSED['set_attention_backend']}"
         )
 
 

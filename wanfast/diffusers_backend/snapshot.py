@@ -17,6 +17,7 @@ from wanfast.checkpoint.names import dit_from_diffusers
 from wanfast.checkpoint.reader import memory_reader
 from wanfast.config import ExpertName
 from wanfast.diffusers_backend.checks import has_hook
+from wanfast.diffusers_backend.original import adapted_kind
 from wanfast.errors import RequestError
 from wanfast.lora import LayerKeys, Lora, LoraReport, LoraSpec
 from wanfast.lora_names import Part
@@ -81,7 +82,7 @@ def official_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     prefixes = tuple(f"{name}." for name, _ in tuner_layers(module))
     tensors = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         if name.startswith(prefixes):
             name, found, rest = name.rpartition(".base_layer.")
             if not found:
@@ -110,9 +111,9 @@ def _check_plain(name: str, parameter: Tensor) -> None:
 
 def tuner_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers that PEFT has wrapped, with their names; none as long as nothing has imported PEFT."""
-    utils = sys.modules.get("peft.tuners.tuners_utils")
-    if utils is not None:
-        yield from ((name, layer) for name, layer in module.named_modules() if isinstance(layer, utils.BaseTunerLayer))
+    if kind := adapted_kind():
+        named = module.named_modules(remove_duplicate=False)
+        yield from ((name, layer) for name, layer in named if isinstance(layer, kind))
 
 
 def _settings(layer: Any) -> tuple[object, ...]:

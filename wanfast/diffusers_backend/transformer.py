@@ -17,6 +17,7 @@ from torch import Tensor
 from wanfast.config import ExpertName
 from wanfast.diffusers_backend.checks import REFUSED, NotCompiled, check_module, refuse_gradient, refused
 from wanfast.diffusers_backend.experts import Experts, config_of
+from wanfast.diffusers_backend.original import make
 from wanfast.diffusers_backend.predict import predict_sample
 from wanfast.diffusers_backend.single_file import read_single_file
 from wanfast.errors import RequestError
@@ -87,9 +88,7 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
             CheckpointError: the file cannot be read or is not a Wan 2.2 transformer.
         """
         arguments, state = read_single_file(path, torch_dtype, cls._keep_in_fp32_modules)
-        with torch.device("meta"):
-            model = cls(**arguments)
-        model.rope = type(model.rope)(model.rope.attention_head_dim, model.rope.patch_size, model.rope.max_seq_len)
+        model = make(cls, arguments)
         model.load_state_dict(state, assign=True)
         return model.eval()._prepared(precision, vram)  # type: ignore[no-any-return]
 
@@ -124,6 +123,15 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
         Raises:
             RequestError: an argument, or the state the module is in, is not one that wanfast computes.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced(
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict=return_dict,
+                attention_kwargs=attention_kwargs,
+            )
         if encoder_hidden_states_image is not None:
             raise RequestError("encoder_hidden_states_image: must be None for Wan 2.2, got a tensor; leave it out")
         if torch.is_grad_enabled():
@@ -133,6 +141,11 @@ class WanFastTransformer3DModel(_Base):  # type: ignore[misc]
         experts, name = self._engine
         sample = predict_sample(experts, name, hidden_states, timestep, encoder_hidden_states, lora_scale=scale)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _untraced(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as it is within a function that somebody has compiled: to trace it would take minutes."""
+        return self.forward(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str, **place: Any) -> Iterator[None]:

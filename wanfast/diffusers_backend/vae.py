@@ -34,6 +34,8 @@ class WanFastAutoencoder(_Base):  # type: ignore[misc]
     _wanfast: Experts | None = None  # the pipeline's transformers
     _torchdynamo_orig_callable = NotCompiled()
 
+    # `torch.compile(pipe.vae.decode)` runs it as it is: tracing it would take minutes.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
         refuse_gradient("z", z)
         if self._wanfast is not None and z.device.type != "cpu":
@@ -44,6 +46,7 @@ class WanFastAutoencoder(_Base):  # type: ignore[misc]
             frames = torch.cat(list(decode(decoder_of(self, z.device), z)), dim=2).to(z.dtype)
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _encode(self, x: Tensor) -> Any:
         refuse_gradient("x", x)
         if self.use_tiling:
@@ -71,7 +74,7 @@ def encoder_of(module: Any, device: torch.device) -> VAEWeights:
 
 def _open(module: Any) -> tuple[Reader, VAEConfig]:
     check_module("vae", module)
-    tensors = {name: parameter.data for name, parameter in module.named_parameters()}
+    tensors = {name: parameter.data for name, parameter in module.named_parameters(remove_duplicate=False)}
     version = vae_version(tensors)
     official = {new: tensors[name] for name, new in vae_from_diffusers(tensors, version).items()}
     reader = memory_reader(official, "VAE of the pipeline")
