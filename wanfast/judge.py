@@ -68,8 +68,8 @@ class Seen:
 
     @property
     def shape(self) -> str:
-        """The shape of most frames."""
-        return max(SHAPES, key=self.shapes.count)
+        """The shape that most frames show; "" where none shows one."""
+        return max(("", *SHAPES), key=lambda shape: self.shapes.count(shape) if shape else 0)
 
     @property
     def direction(self) -> str:

@@ -49,17 +49,22 @@ def apply_preset(request: Request, name: str | None) -> Request:
 
 
 def preset_note(plan: Plan, files: Iterable[str]) -> str | None:
-    """Say that a file's name speaks of few steps while the plan has many, or None.
+    """Say that a file's name speaks of few steps while the plan has many, or the other way round, or None.
 
     Args:
         plan: settled.
         files: names of the model's and the LoRAs' files.
     """
+    preset = PRESETS["lightning4"]
     is_few = plan.num_forwards == len(plan.steps) <= _FEW_STEPS
     distilled = next((file for file in files if _DISTILLED.search(file)), None)
+    if distilled is None and is_few and (len(plan.steps), plan.solver) == (preset.num_inference_steps, preset.solver):
+        return (
+            f"{len(plan.steps)} steps without guidance are for weights or LoRAs that were distilled to them, of which no"
+            " file's name speaks here; other weights need their usual steps"
+        )
     if is_few or distilled is None:
         return None
-    preset = PRESETS["lightning4"]
     return (
         f"{distilled} seems to be distilled to few steps, but this run has {len(plan.steps)} steps and"
         f" {plan.num_forwards} forwards; preset lightning4 has {preset.num_inference_steps} steps, {preset.solver},"

@@ -26,6 +26,7 @@ import wanfast
 from wanfast.checkpoint.names import dit_to_diffusers, text_to_transformers, vae_to_diffusers
 from wanfast.config import VAE_2_1
 from wanfast.judge import Array, accuracies, background_change, flicker, judge
+from wanfast.presets import PRESETS
 
 SHIFT, GUIDANCE = 12.0, (4.0, 3.0)
 
@@ -35,9 +36,8 @@ def wanfast_engine(folder: Path, options: argparse.Namespace) -> Callable[[str, 
     pipeline = wanfast.load(folder, device="cpu")
 
     def make(caption: str, seed: int) -> Array:
-        steps = None if options.preset else options.steps
         video = pipeline.generate(
-            caption, num_inference_steps=steps, seed=seed, preset=options.preset, loras=options.lora
+            caption, num_inference_steps=options.steps, seed=seed, preset=options.preset, loras=options.lora
         )
         return np.asarray(video.frames, dtype=np.float32) / 255
 
@@ -108,12 +108,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--engine", choices=["wanfast", "diffusers"], default="wanfast")
     parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help="default: those of the preset, or 40")
     parser.add_argument("--preset", help="of wanfast")
     parser.add_argument("--lora", nargs="*", default=[], help="LoRA files, of wanfast")
     parser.add_argument("--sheet", type=Path, help="picture to write of the first clips")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.steps is None:
+        options.steps = PRESETS[options.preset].num_inference_steps if options.preset else 40
     torch.set_num_threads(options.threads)
     make = {"wanfast": wanfast_engine, "diffusers": diffusers_engine}[options.engine](options.folder, options)
     scenes = [make_scene(SEED, index, kind="single", held_out=True) for index in range(options.captions)]

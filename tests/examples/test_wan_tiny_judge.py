@@ -5,6 +5,7 @@ import pytest
 from data import make_scene, render
 
 from wanfast.judge import (
+    BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
     SHAPES,
@@ -85,6 +86,17 @@ def test_a_clip_played_backwards_moves_the_other_way() -> None:
     assert (backwards.colour, backwards.shape, backwards.direction) == (True, True, False)
     assert judge(video[::-1], "a red circle moves right").follows
     assert judge(video.transpose(0, 2, 1, 3), "a red circle moves up").follows
+
+
+def test_what_looks_like_no_shape_is_none() -> None:
+    """A flat bar in motion: colour and direction are right, and it is no circle either."""
+    video = np.broadcast_to(np.array(BACKGROUNDS["black"], dtype=np.float32), (17, 64, 64, 3)).copy()
+    for frame in range(17):
+        video[frame, 30:34, 40 - frame : 62 - frame] = COLOURS["red"]
+    assert see(video)[0].shape == ""
+    for shape in SHAPES:
+        verdict = judge(video, f"a red {shape} moves left")
+        assert (verdict.colour, verdict.shape, verdict.direction) == (True, False, True), shape
 
 
 def test_shape_and_colour_are_judged_apart() -> None:
