@@ -57,7 +57,7 @@ def test_the_blocks_that_are_counted_are_those_that_the_store_keeps(
         store.block(key, is_copied_again=key in moves[at + 1 :])
         store.copied(key, lambda: None)
     pinned = sum(block.is_pinned for block in store._kept.values())
-    kept = kept_blocks(tuple(runs), 6, num_slots, is_mapped=is_pinned)
+    kept = kept_blocks(tuple(runs), 6, num_slots, is_as_stored=is_pinned)
     assert kept.most == (pinned if is_pinned else len(store._kept))
     assert kept.at_once == max(len(set(moves[: at + 1]) & set(moves[at + 1 :])) for at in range(len(moves)))
 
@@ -95,7 +95,7 @@ def test_one_expert_s_room_does_for_both() -> None:
 def test_a_resident_expert_in_16_bit_files_costs_no_host_memory_but_one_that_is_rounded_does() -> None:
     plan = make_plan(T2V_A14B, Request("a cat"), precision="int8", device="cuda")
     ready, rounded = (weight_sizes(T2V_A14B, "int8", stored) for stored in ("int8", "bf16"))
-    assert ready.is_mapped and not rounded.is_mapped
+    assert ready.is_as_stored and not rounded.is_as_stored
     budgets = [make_budget(T2V_A14B, plan, sizes, vram=24 * GB, ram=64 * GB) for sizes in (ready, rounded)]
     assert all(budget.is_resident for budget in budgets)
     assert KEPT not in budgets[0].host
@@ -156,7 +156,7 @@ def test_a_cpu_has_one_memory(case: tuple[str, int | None, int | None, int]) -> 
         assert sum(what == "left to the system" for what in stage.items) == 1
     steps = next(stage for stage in budget.stages if stage.name.startswith("steps"))
     if budget.is_in_place:
-        kept = steps.items.get("pages of an expert's blocks" if sizes.is_mapped else "blocks of an expert", 0)
+        kept = steps.items.get("blocks of an expert", 0)
         assert kept + budget.host_missing == expert or (ram is None and kept == expert)
         assert not any("slots" in what for what in steps.items)
     else:
@@ -173,10 +173,22 @@ def test_more_room_on_a_cpu_never_makes_a_plan_worse() -> None:
 
 
 def test_blocks_that_stay_on_a_cpu_are_there_while_frames_are_decoded() -> None:
-    converted, mapped = (_budget(None, 64 * GB, stored, "cpu") for stored in ("fp32", "bf16"))
-    for stage in converted.stages:
-        assert stage.items["blocks of an expert"] == 40 * converted.slot_bytes
-    assert [name for name in mapped.stages[-1].items if "block" in name] == []
+    for stored in ("fp32", "bf16"):
+        budget = _budget(None, 64 * GB, stored, "cpu")
+        assert [stage.items["blocks of an expert"] for stage in budget.stages] == [40 * budget.slot_bytes] * 3
+
+
+def test_a_cpu_with_little_memory_reads_or_makes_some_blocks_for_each_use() -> None:
+    """An expert of 14B has 28 GB in 16 bits."""
+    for stored in ("fp32", "bf16"):
+        budget = _budget(None, 24 * GB, stored, "cpu")
+        steps = next(stage for stage in budget.stages if stage.name.startswith("steps")).items
+        assert budget.fits and 0 < steps["blocks of an expert"] < 24 * GB and budget.host_missing > 0
+        assert steps["blocks that are being read or made"] == 2 * budget.slot_bytes
+        assert steps["blocks of an expert"] % budget.slot_bytes == 0
+    slots = _budget(8 * GB, 64 * GB, "bf16", "cpu")
+    steps = next(stage for stage in slots.stages if stage.name.startswith("steps")).items
+    assert steps["blocks that are being read or made"] == slots.slot_bytes and "blocks, kept to be copied" not in steps
 
 
 @pytest.mark.parametrize(
@@ -214,12 +226,13 @@ def test_sizes_say_what_is_converted() -> None:
         case: weight_sizes(TI2V_5B, case[0], case[1])  # type: ignore[arg-type]
         for case in want
     }
-    assert {case: sizes.is_mapped for case, sizes in got.items()} == want
-    assert all((sizes.loading == 0) == sizes.is_mapped for sizes in got.values())
+    assert {case: sizes.is_as_stored for case, sizes in got.items()} == want
+    assert all((sizes.loading == 2 * sizes.slot) == sizes.is_as_stored for sizes in got.values())
     assert (
         got["fp32", "fp32"].slot == got["fp32", "bf16"].slot == pytest.approx(2 * got["exact", "bf16"].slot, rel=0.01)
     )
     bf16, fp32 = got["exact", "bf16"], got["exact", "fp32"]
-    assert fp32 == replace(bf16, is_mapped=False, loading=2 * bf16.slot, file_block=fp32.file_block)
+    matrix = TI2V_5B.dit.dim * TI2V_5B.dit.ffn_dim * 4
+    assert fp32 == replace(bf16, is_as_stored=False, loading=2 * bf16.slot + matrix, file_block=fp32.file_block)
     assert bf16.file_block == bf16.slot and fp32.file_block == pytest.approx(2 * bf16.file_block, rel=0.01)
     assert got["int8", "bf16"].file_block == pytest.approx(2 * got["int8", "int8"].file_block, rel=0.02)

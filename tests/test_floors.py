@@ -23,6 +23,8 @@ FLOOR = {
     "stored": 0,
     "linear": 1,
     "out_of_memory": 1,
+    "open_file": 1,
+    "mappings": 1,
     "schedule": 2,
     "request": 2,
     "rope": 2,

@@ -54,7 +54,7 @@ def reader_of(weights: Mapping[str, Weight]) -> Reader:
     file = Path("memory")
     refs = {
         name: TensorRef(
-            file, name, tuple(weight.shape), dtype_name(weight.dtype), partial(lambda kept: kept, weight), bytes
+            file, name, tuple(weight.shape), dtype_name(weight.dtype), partial(lambda kept, _: kept, weight), bytes
         )
         for name, weight in weights.items()
     }

@@ -40,10 +40,10 @@ def test_a_cpu_has_the_slots_of_the_plan_or_none(slots: float | None, precision:
     residency = pipeline.loaded._residency
     assert budget.is_in_place == (slots is None or slots >= 4) == (residency._slots is None)
     assert len(residency._held) == (0 if budget.is_in_place else budget.num_slots)
-    assert budget.is_mapped == (precision == "fp32")
+    assert budget.is_as_stored == (precision == "fp32")
     held = sum(size for stage in budget.stages[1:2] for what, size in stage.items.items() if "kept" in what)
     held += 0 if budget.is_in_place else budget.num_slots * budget.slot_bytes
-    if budget.is_in_place and precision == "exact":
+    if budget.is_in_place:
         held = budget.stages[1].items["blocks of an expert"]
     assert pipeline.loaded.host_bytes == pytest.approx(held, rel=0.05, abs=30_000)  # vectors that a file has in 16 bits
 
@@ -134,7 +134,7 @@ def test_loras_are_held_to_memory_before_anything_is_loaded(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "used where they lie in their files, one expert after the other"),
+        ([], "read once and stay, of one expert at a time"),
         (["--precision", "exact"], "made once and stay, of one expert at a time"),
         (["--vram", "8MB"], "--vram is less than an expert: its blocks of 3.17 MB"),
     ],

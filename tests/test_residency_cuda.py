@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from blocks import SLOT_BYTES, Block, Loads, is_block, make_block, make_residency, movers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import wanfast
 from wanfast.errors import CheckpointError
+from wanfast.host_memory import reads_of_moves
 from wanfast.residency import Residency, cuda, weight_bytes
 from wanfast.residency.memory import named_tensors
 from wanfast.residency.moves import plan_moves
 
 PASSES = ["high_noise", "high_noise", "high_noise", "low_noise", "low_noise", "high_noise"]
+RUNS = st.lists(st.tuples(st.sampled_from(["high_noise", "low_noise"]), st.integers(1, 4)), min_size=1, max_size=3)
 
 
 @dataclass
@@ -311,6 +315,30 @@ def test_blocks_are_loaded_long_before_they_are_moved(monkeypatch: pytest.Monkey
             assert is_block(block, expert, index)
     assert sorted(loads.keys) == keys, "loaded once, by whichever thread"
     residency.release()
+
+
+@settings(max_examples=25, deadline=None)
+@given(RUNS, st.integers(2, 8), st.sampled_from([0, 5, 8, 11]), st.integers(0, 2**16))
+def test_with_the_thread_that_loads_ahead_as_often_as_is_counted(
+    runs: list[tuple[str, int]], num_slots: int, kept: int, seed: int
+) -> None:
+    """With room for no block, for an expert's or for more; with less than an expert's the faster thread decides."""
+    size = SLOT_BYTES - 256 + 15
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        gpu, loads = play(monkeypatch, seed, 0.7), Loads()
+        residency = make_residency(loads, num_slots=num_slots, device="cuda", ram=kept * size)
+        passes = [expert for expert, count in runs for _ in range(count)]
+        residency.begin(passes)
+        for expert in passes:
+            for _ in residency.blocks(expert):
+                gpu.finish()
+        residency.end()
+        gpu.finish()
+        residency.release()
+    reads = reads_of_moves(
+        tuple(runs), 5, num_slots, block_bytes=size, file_bytes=7, is_as_stored=False, is_pinned=True, room=kept * size
+    )
+    assert sum(read.num_bytes > 0 for read in reads) == len(loads.keys)
 
 
 def test_a_fault_found_ahead_is_told_when_its_block_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Blocks in host memory and in files: their bytes, what they cost, and what happens when a file changes underneath."""
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -8,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import BLOCK_BYTES, Block, Inner, Loads, is_block, make_block, make_residency
+from blocks import BLOCK_BYTES, Block, Inner, Loads, is_block, make_block, make_residency, make_residency_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wanfast.checkpoint.reader import Reader, open_safetensors
+from wanfast.checkpoint.reader import Reader, memory_reader, open_safetensors
 from wanfast.errors import CheckpointError
-from wanfast.residency.mappings import MappedFiles
+from wanfast.mappings import MappedFiles
 from wanfast.residency.memory import free_host_memory, named_tensors, weight_bytes
 from wanfast.residency.packing import lay_out, packed_bytes, unpack
 from wanfast.residency.store import HostStore
@@ -114,9 +115,14 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def mapping_loader(file: Path) -> Callable[[str, int], Block]:
+    """As of a model that another library has mapped."""
+    tensors = load_file(file)
+    return loader(memory_reader(tensors, file))
+
+
 def test_a_mapped_tensor_is_found_in_its_file(file: Path) -> None:
-    reader = open_safetensors(file)
-    block = loader(reader)("low_noise", 3)
+    block = mapping_loader(file)("low_noise", 3)
     at = MappedFiles().find(block.weight)
     assert at is not None and at.path == file
     content = file.read_bytes()[at.offset : at.offset + block.weight.nbytes]
@@ -125,22 +131,26 @@ def test_a_mapped_tensor_is_found_in_its_file(file: Path) -> None:
     assert MappedFiles(file.parent / "no maps").find(block.weight) is None
 
 
-def test_a_mapped_block_is_loaded_once_and_costs_no_memory(file: Path) -> None:
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_block_of_a_file_is_loaded_once_and_costs_no_memory(is_mapped: bool, file: Path) -> None:
     loads = Loads()
-    from_file = loader(open_safetensors(file))
+    from_file = mapping_loader(file) if is_mapped else loader(open_safetensors(file))
 
     def load(expert: str, index: int) -> Block:
         loads(expert, index)
         return from_file(expert, index)
 
     store = HostStore(load, None, 0)
-    for _ in range(3):
+    for number in range(3):
         host = store.block(("high_noise", 2), is_copied_again=True)
         run = torch.empty(host.layout.num_bytes, dtype=torch.uint8)
         host.read(0, run)
         assert is_block(unpack(host.layout, run), "high_noise", 2)
+        assert all((piece.data is None) == (is_mapped or number > 0) for piece in host.pieces), (
+            "read once to be checked"
+        )
+        assert host.own_bytes == store.taken == 0
     assert len(loads.keys) == 1
-    assert all(piece.data is None for piece in host.pieces)
     store.will_read(("high_noise", 2))
     store.close()
 
@@ -199,10 +209,11 @@ def test_a_file_replaced_or_deleted_in_mid_run_is_read_on(file: Path, is_replace
     run_with_fault(file, change)
 
 
-def test_a_file_replaced_before_its_blocks_were_read_is_not_mixed_up(file: Path) -> None:
-    """The mapping still is the old file; Linux tells its name with "(deleted)" behind it, which may be a file's too."""
-    load = loader(open_safetensors(file))
-    block = load("high_noise", 0)  # maps
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_file_replaced_before_its_blocks_were_read_is_not_mixed_up(is_mapped: bool, file: Path) -> None:
+    """What is open, or mapped, still is the old file; Linux tells the name of a mapping with "(deleted)" behind it."""
+    load = mapping_loader(file) if is_mapped else loader(open_safetensors(file))
+    block = load("high_noise", 0)  # opens
     other = file.with_name("other")
     other.write_bytes(bytes(file.stat().st_size))
     file.with_name(f"{file.name} (deleted)").write_bytes(other.read_bytes())
@@ -316,3 +327,26 @@ def test_this_machine_has_some_memory_free() -> None:
 
 def test_bytes_of_weights_are_those_of_their_tensors() -> None:
     assert weight_bytes(make_block("high_noise", 0)) == BLOCK_BYTES
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library")
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_what_was_freed_is_the_systems_before_the_next_block_is_loaded(is_in_place: bool) -> None:
+    """The C library holds on to tensors of a few megabytes; here small ones that stay lie between them."""
+
+    def own() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    torch.ones(25 * 2**20, dtype=torch.uint8)  # from now on such pieces are not given back when they are freed
+    freed, stay = [], []
+    for _ in range(20):
+        freed.append(torch.ones(8 * 2**20, dtype=torch.uint8))
+        stay.append(torch.ones(1000, dtype=torch.uint8))
+    before = own()
+    freed.clear()
+    if is_in_place:
+        next(make_residency_in_place(num_slots=None).blocks("high_noise"))
+    else:
+        HostStore(make_block, None, None).block(("high_noise", 0), is_copied_again=False)
+    assert before - own() > 140 * 2**20 and len(stay) == 20

@@ -127,7 +127,8 @@ def test_what_is_free_decides(tiny: wanfast.Pipeline, monkeypatch: pytest.Monkey
     decode = next(stage for stage in budget.stages if stage.name == "decode")
     assert budget.tilings["decode"].num_tiles == 1
     seen = []
-    for free in (decode.total, decode.total - 1, decode.total // 2, 0):
+    needed = decode.total - decode.items["blocks of an expert"]  # which give way
+    for free in (needed, needed - 1, needed // 2, 0):
         monkeypatch.setattr(forecast, "_limits_here", lambda model, free=free: (None, free))
         seen.append(forecast.tiles_here(tiny.loaded, plan, "decode"))
     assert seen[:2] == [1, 2] and seen == sorted(seen) and seen[-1] == 4

@@ -120,7 +120,7 @@ def _changed(value: Linear | Tensor, change: Change) -> Linear | Tensor:
 
 
 def _added(base: Tensor, difference: Tensor | None, products: tuple[LowRank, ...] = ()) -> Tensor:
-    """Add in fp32 and round once; the base may be pages of a file, so nothing is done in place."""
+    """Add in fp32 and round once; the base may be kept for others, so nothing is done in place."""
     if difference is None and not products:
         return base
     total = base.float() if difference is None else base.float() + difference.reshape(base.shape)

@@ -139,12 +139,16 @@ def _budget(model: LoadedModel, clip: _Clip) -> Budget | None:
 
 
 def _encode(model: LoadedModel, clips: Sequence[_Clip], at_least: int, progress: OnProgress) -> None:
-    """Encode the prompts of clips, unless the first ones have theirs: of as many as can wait, so that one pass does."""
+    """Encode the prompts of clips, unless the first ones have theirs: of as many as can wait, so that one pass does.
+
+    Those of another precision wait for their group: the encoder computes in the dtype of theirs.
+    """
     text_bytes = model.config.dit.text_len * model.config.dit.text_dim * model.compute_dtype.itemsize
     first = [clip for clip in clips[:at_least] if clip.error is None]
     if all(clip.contexts for clip in first):
         return
-    some = [clip for clip in clips[: max(at_least, GROUP_BYTES // text_bytes)] if clip.error is None]
+    unfailed = (clip for clip in clips[: max(at_least, GROUP_BYTES // text_bytes)] if clip.error is None)
+    some = [clip for clip in unfailed if clip.job.plan.precision == model.precision]
     with own_arithmetic(model):
         contexts = encode_prompts(model, [clip.job.plan for clip in some], progress)
     for clip, context in zip(some, contexts, strict=True):

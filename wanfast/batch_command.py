@@ -22,7 +22,7 @@ from wanfast.loaded import LoadedModel
 from wanfast.locks import lock_file
 from wanfast.lora import Lora, describe_lora, parse_lora
 from wanfast.pipeline import open_loaded, open_loras_for, plan_for, settings_for, warn_of_preset
-from wanfast.plan import Plan, request_of
+from wanfast.plan import Plan, Wish, request_of
 from wanfast.progress import Progress
 from wanfast.prompt_file import PromptLine, read_prompts
 from wanfast.run_state import RunKeeper, RunState, changed_file, mark_files, read_run, resume_file
@@ -152,26 +152,39 @@ def _prepare(
             )
     except (RequestError, MediaError, CheckpointError) as error:
         raise type(error)(f"{arguments.prompts}, line {line.number}: {error}") from None
+    if _may_be(earlier.get("precision"), model.wish):
+        settings = settings | {"precision": earlier["precision"]}  # settled when it was begun, by the memory of then
     if not _is_same(earlier, settings, is_seed_given=asked.seed not in (None, _RANDOM_SEED)):
         raise RequestError(
             f"output: must not hold other clips of these names, got {output}; choose another folder or add --overwrite"
         )
-    seed = earlier["request"]["seed"]
+    plan = replace(plan, seed=earlier["request"]["seed"])
     return _Clip(
         line=line,
         output=output,
-        plan=plan_for(model, replace(request_of(plan), seed=seed), loras),
+        plan=plan if run is None else plan_for(model, request_of(plan), loras, begun_in=earlier["precision"]),
         inputs=replace(inputs, state=None if run is None else run.state),
         settings=earlier,
         is_there=run is None,
     )
 
 
+def _may_be(precision: Any, wish: Wish) -> bool:
+    """Whether a clip that was begun in a precision may go on in it: where memory settles which it is."""
+    return wish.may_round and precision in (wish.precision, "int8")
+
+
 def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given: bool) -> bool:
-    """Whether a clip was made as this one would be; a seed that was not asked for may be any."""
+    """Whether a clip was made as this one would be; a seed that was not asked for may be any.
+
+    A LoRA and a picture are what they hold, wherever they are: those in the package are elsewhere in each environment.
+    """
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in values.items() if key != "wanfast"}
+        if isinstance(kept.get("loras"), list):
+            kept["loras"] = [_without_path(lora) for lora in kept["loras"]]
+        kept["image"] = _without_path(kept.get("image"))
         request = {"attention_density": 1.0, **(kept.get("request") or {})}  # which earlier clips do not state
         if not is_seed_given:
             request.pop("seed", None)
@@ -179,6 +192,10 @@ def _is_same(earlier: dict[str, Any], settings: dict[str, Any], *, is_seed_given
         return as_read
 
     return plain(earlier) == plain(settings)
+
+
+def _without_path(recorded: Any) -> Any:
+    return {**recorded, "path": None} if isinstance(recorded, dict) else recorded
 
 
 def _make(arguments: argparse.Namespace, model: LoadedModel, clips: Sequence[_Clip]) -> list[dict[str, Any]]:

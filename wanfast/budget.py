@@ -66,8 +66,8 @@ class Budget:
     slot_bytes: int
     stored: str  # the form of the blocks' projections
     chunking: Chunking  # of the steps
-    is_in_place: bool = False  # on a CPU: blocks are used where they were loaded, there are no slots
-    is_mapped: bool = True  # blocks lie in their files as they are used
+    is_in_place: bool = False  # on a CPU: blocks are used where they were read to, there are no slots
+    is_as_stored: bool = True  # blocks are used as they lie in their files
     tilings: Mapping[str, Tiling] = field(default_factory=dict)  # by stage, of those in which a VAE works
     host: Mapping[str, int] = field(default_factory=dict)  # beside a GPU: what -> bytes of host memory
     host_limit: int | None = None
@@ -158,7 +158,7 @@ def _beside_a_gpu(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int
 
     in_strips = tilings["decode"].num_tiles > 1
     host = around_kept(plan, slot=max(sizes.slot, sizes.text_slot), loading=sizes.loading, in_strips=in_strips)
-    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_mapped=sizes.is_mapped)
+    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_as_stored=sizes.is_as_stored)
     room = None if ram is None else max(0, ram - sum(host.values()))
     most_kept, at_once = kept.most * sizes.slot, kept.at_once * sizes.slot
     host["blocks, kept to be copied"] = most_kept if room is None else min(room, most_kept)
@@ -171,7 +171,7 @@ def _beside_a_gpu(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int
         slot_bytes=sizes.slot,
         stored=sizes.stored,
         chunking=chunking,
-        is_mapped=sizes.is_mapped,
+        is_as_stored=sizes.is_as_stored,
         tilings=tilings,
         host={what: size for what, size in host.items() if size},
         host_limit=ram,
@@ -188,28 +188,27 @@ def _on_the_host(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int 
     is_in_place = vram is None or vram >= expert
     num_slots = num_blocks if vram is None or is_in_place else max(MIN_SLOTS, vram // sizes.slot)
     slots = 0 if is_in_place else num_slots * sizes.slot
-    made = 0 if sizes.is_mapped else MIN_SLOTS * sizes.slot  # the block in use, and the next one while it is made
+    made = MIN_SLOTS * sizes.slot  # the block in use, and the next one while it is read or made
+    if sizes.is_as_stored and not is_in_place:
+        made = sizes.slot  # while it is checked, before its first copy
     other = _standing(plan) | _carried(config, plan) | _around_blocks(plan, sizes, 1)
     steps, chunking = _steps_that_fit(config, plan, sizes, other, least=slots + made, limit=ram)
     stages, tilings = _stages(config, plan, sizes, steps, None if ram is None else ram - slots)
 
-    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_mapped=sizes.is_mapped)
+    kept = kept_blocks(passes_of(plan, chunking), num_blocks, num_slots, is_as_stored=sizes.is_as_stored)
     useful = expert if is_in_place else kept.most * sizes.slot
     needed = expert if is_in_place else kept.at_once * sizes.slot
+    if sizes.is_as_stored and not is_in_place:  # read into the slots, again for each copy
+        useful = needed = 0
     room = None if ram is None else max(0, ram - slots - max(stage.total for stage in stages))
-    if sizes.is_mapped:  # pages of files, which go as soon as anything else needs the room
-        held = 0 if not is_in_place else useful if room is None else min(room, useful)
-        needed = needed if is_in_place else 0
-        staying, in_steps = {}, {"pages of an expert's blocks": held}
-    else:
-        if room is None or room >= useful:
-            held, made = useful, 0
-        else:  # what is not kept is made for each use
-            room = max(0, min(room, (ram or 0) - slots - made - sum(steps.values())))
-            held = room // sizes.slot * sizes.slot
-        what = "blocks of an expert" if is_in_place else "blocks, kept to be copied"
-        staying, in_steps = {what: held}, {"blocks that are being made": made}
-    staying[_slots_label(num_slots, num_blocks, len(experts))] = slots
+    if useful and (room is None or room >= useful):
+        held, made = useful, 0
+    else:  # what is not kept is read, or made, for each use
+        room = None if room is None else max(0, min(room, (ram or 0) - slots - made - sum(steps.values())))
+        held = 0 if not useful or room is None else room // sizes.slot * sizes.slot
+    what = "blocks of an expert" if is_in_place else "blocks, kept to be copied"
+    in_steps = {"blocks that are being read or made": made}
+    staying = {what: held, _slots_label(num_slots, num_blocks, len(experts)): slots}
     placed = [
         Stage(stage.name, dict(stage.items) | staying | (in_steps if stage.name.startswith("steps") else {}))
         for stage in stages
@@ -224,7 +223,7 @@ def _on_the_host(config: ModelConfig, plan: Plan, sizes: WeightSizes, vram: int 
         stored=sizes.stored,
         chunking=chunking,
         is_in_place=is_in_place,
-        is_mapped=sizes.is_mapped,
+        is_as_stored=sizes.is_as_stored,
         tilings=tilings,
         host_room=room,
         host_missing=max(0, needed - held),
@@ -346,8 +345,7 @@ def _carried(config: ModelConfig, plan: Plan) -> dict[str, int]:
         per_channel = latents // plan.latent_shape[0]
         is_whole = plan.task == "i2v"
         condition = (config.dit.in_channels - config.dit.out_channels) * per_channel if is_whole else latents
-    is_short = plan.precision not in EIGHT_BIT  # whose references are counted a tensor short: there it makes up for it
-    tensors = _SOLVER_TENSORS.get(len(plan.steps) if is_short else 0, _SOLVER_TENSORS_AT_MOST)
+    tensors = _SOLVER_TENSORS.get(len(plan.steps), _SOLVER_TENSORS_AT_MOST)
     return {"encoded prompts": contexts, "latents and solver": tensors * latents, "picture": condition}
 
 
@@ -357,7 +355,7 @@ def _step_items(config: ModelConfig, plan: Plan, chunking: Chunking, sizes: Weig
     count: Callable[..., dict[str, int]] = partial(dit_activations, itemsize=itemsize)
     if plan.precision in EIGHT_BIT:
         on_a_cpu = partial(dit_activations_8bit_reference, is_int8=plan.precision == "int8")
-        count = dit_activations_8bit if _on_gpu(plan) else on_a_cpu
+        count = partial(dit_activations_8bit, device=plan.device) if _on_gpu(plan) else on_a_cpu
     items = {"keys and values of the text": kept}
     if plan.attention_density < 1:
         sizes_of_heads = {"heads": config.dit.num_heads, "head_dim": config.dit.head_dim}

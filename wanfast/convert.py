@@ -244,10 +244,10 @@ def _in_order_of_use(names: Sequence[str]) -> list[str]:
 
 
 def _forms(reader: Reader, dtypes: Mapping[str, torch.dtype]) -> dict[str, Form]:
-    """Dtype and shape of every tensor that `_load` will give; no numbers are read but the scales of 8-bit weights."""
+    """Dtype and shape of every tensor that `_load` will give; no numbers are read."""
     forms: dict[str, Form] = {}
     for name, dtype in dtypes.items():
-        weight = reader.load(name)
+        weight = reader.load(name, "meta")
         if _stays(weight, dtype):
             parts = stored_tensors(name, weight)
             forms |= {key: (part.dtype, tuple(part.shape)) for key, part in parts.items()}
@@ -269,7 +269,7 @@ def _load(reader: Reader, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor
 def _converted(reader: Reader, name: str, dtype: torch.dtype) -> Weight:
     """Load one weight, checked, in the form it is written in."""
     shape = reader.shape(name)
-    if _stays(reader.load(name), dtype):
+    if _stays(reader.load(name, "meta"), dtype):
         return read_linear(reader, name.removesuffix(".weight"), *shape, bias=False, dtype=torch.bfloat16).weight
     if dtype in _EIGHT_BIT.values():
         return quantize_rows(read_tensor(reader, name, shape, dtype=torch.float32), dtype)

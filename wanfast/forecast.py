@@ -15,7 +15,7 @@ from wanfast.fitting import refuse_what_cannot_fit
 from wanfast.loaded import LoadedModel
 from wanfast.lora import Lora
 from wanfast.machines import DISK, Gpu, known_gpu
-from wanfast.plan import EIGHT_BIT, Plan, Precision
+from wanfast.plan import EIGHT_BIT, Plan, Precision, Wish
 from wanfast.precision import plan_within
 from wanfast.predict import FileReads, Prediction, Rates, count_reads, datasheet_rates, predict
 from wanfast.rates import measured_rates
@@ -84,10 +84,10 @@ def forecast_here(model: LoadedModel, plan: Plan, sizes: WeightSizes) -> Forecas
     return make_forecast(model.config, plan, sizes, gpu=gpu, vram=vram, ram=ram, rates=rates)
 
 
-def plan_here(model: LoadedModel, plan: Plan, loras: Sequence[Lora] = ()) -> tuple[Plan, str | None]:
+def plan_here(model: LoadedModel, plan: Plan, wish: Wish, loras: Sequence[Lora] = ()) -> tuple[Plan, str | None]:
     """Settle a plan's precision by the memory of this machine, as `plan_within` does."""
     vram, ram = _limits_here(model)
-    return plan_within(model.config, plan, model.wish, sizes_in(model, loras), vram=vram, ram=ram)
+    return plan_within(model.config, plan, wish, sizes_in(model, loras), vram=vram, ram=ram)
 
 
 def sizes_in(model: LoadedModel, loras: Sequence[Lora] = ()) -> Callable[[Plan], WeightSizes]:
@@ -161,7 +161,7 @@ def sizes_of(model: LoadedModel, precision: Precision) -> WeightSizes:
     if in_8_bits:  # others are rounded to it when they are loaded
         forms = {form for form in forms if form in GGUF_BLOCKS}
     slot = max(largest_block(reader, dtype, in_8_bits=in_8_bits) for reader in readers)
-    is_mapped = all(_is_mapped(reader, precision) for reader in readers)
+    is_as_stored = all(_is_as_stored(reader, precision) for reader in readers)
     return WeightSizes(
         slot=slot,
         outer=by_rule.outer,
@@ -170,13 +170,13 @@ def sizes_of(model: LoadedModel, precision: Precision) -> WeightSizes:
         vae_decoder=by_rule.vae_decoder,
         stored=", ".join(sorted(forms)) or (precision if in_8_bits else "16 or 32 bits"),
         is_expanded=bool(forms),
-        is_mapped=is_mapped,
+        is_as_stored=is_as_stored,
         file_block=max(map(largest_in_file, readers)),
-        loading=0 if is_mapped else loading_bytes(model.config, precision, slot),
+        loading=loading_bytes(model.config, precision, slot, is_as_stored=is_as_stored),
     )
 
 
-def _is_mapped(reader: Reader, precision: Precision) -> bool:
+def _is_as_stored(reader: Reader, precision: Precision) -> bool:
     """Whether an expert's projections lie in their files as they are computed with."""
     names = [name for name in reader.names() if name.startswith("blocks.") and len(reader.ref(name).shape) == 2]
     refs = [reader.ref(name) for name in names if name.endswith(".weight")]

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from wanfast.dit.chunking import Chunking
+from wanfast.open_file import OpenFile
 from wanfast.plan import Plan
 from wanfast.residency.cuda import BOUNCE_BYTES
 from wanfast.residency.mover import copied_again
 from wanfast.residency.moves import Key, plan_moves
 from wanfast.residency.packing import Layout
-from wanfast.residency.store import RESERVE_BYTES, HostBlock, HostStore, OpenFile, Piece
+from wanfast.residency.store import RESERVE_BYTES, HostBlock, HostStore, Piece
 
 HOST_RESERVE_BYTES = RESERVE_BYTES  # left to the system, this program's own code and what encodes the file
 _WAITING_TENSORS = 8  # latents, two predictions, what the last step began from; texts and pictures as much again
@@ -43,14 +44,15 @@ def passes_of(plan: Plan, chunking: Chunking) -> Runs:
 
 
 @lru_cache(maxsize=1024)
-def kept_blocks(runs: Runs, num_blocks: int, num_slots: int, *, is_mapped: bool) -> Kept:
+def kept_blocks(runs: Runs, num_blocks: int, num_slots: int, *, is_as_stored: bool) -> Kept:
     """Count the blocks that host memory is taken for.
 
     Args:
         runs: as `passes_of` gives them.
         num_blocks: of each expert.
         num_slots: on the device.
-        is_mapped: whether blocks lie in their files as they are copied: then one that is copied once costs no memory.
+        is_as_stored: whether blocks are copied as they lie in their files: then one that is copied once costs
+            no memory.
     """
     moves = _moves(runs, num_blocks, num_slots)
     left = Counter(moves)
@@ -64,7 +66,7 @@ def kept_blocks(runs: Runs, num_blocks: int, num_slots: int, *, is_mapped: bool)
         else:
             seen.discard(key)
         at_once = max(at_once, len(seen))
-    return Kept(again if is_mapped else len(left), at_once)
+    return Kept(again if is_as_stored else len(left), at_once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def reads_of_moves(
     *,
     block_bytes: int,
     file_bytes: int,
-    is_mapped: bool,
+    is_as_stored: bool,
     is_pinned: bool,
     room: int | None,
 ) -> tuple[Read, ...]:
@@ -95,12 +97,12 @@ def reads_of_moves(
         num_slots: on the device.
         block_bytes: of a block in host memory.
         file_bytes: of a block in its file.
-        is_mapped: whether blocks lie in their files as they are copied.
+        is_as_stored: whether blocks are copied as they lie in their files.
         is_pinned: whether what is copied again is worth pinned memory, as beside a GPU.
         room: bytes of host memory for blocks; None is as much as is useful.
     """
     moves = _moves(runs, num_blocks, num_slots)
-    store = _PlayedStore(block_bytes, file_bytes, is_mapped=is_mapped, is_pinned=is_pinned, room=room)
+    store = _PlayedStore(block_bytes, file_bytes, is_as_stored=is_as_stored, is_pinned=is_pinned, room=room)
     store.expect(moves)
     reads = []
     for key, is_copied_again in zip(moves, copied_again(moves), strict=True):
@@ -118,8 +120,8 @@ def reads_in_place(
 ) -> tuple[Read, ...]:
     """Count what each use of a block reads on a CPU that computes with blocks where they were loaded.
 
-    As many as there is room for stay until the next expert, the first ones; the others are read for each use. Of
-    mapped files these are pages that the system may keep all the same.
+    As many as there is room for stay until the next expert, the first ones; the others are read for each use, where the
+    system may still have them in memory.
     """
     staying = num_blocks if room is None else min(num_blocks, room // block_bytes)
     return tuple(
@@ -142,27 +144,24 @@ class _PlayedFile(OpenFile):
     def will_read(self, offset: int, num_bytes: int) -> None:
         pass
 
-    def close(self) -> None:
-        pass
-
 
 class _PlayedStore(HostStore):
     """The store itself, on a machine whose only bound is the room it is given, with blocks that are mere sizes."""
 
     def __init__(
-        self, block_bytes: int, file_bytes: int, *, is_mapped: bool, is_pinned: bool, room: int | None
+        self, block_bytes: int, file_bytes: int, *, is_as_stored: bool, is_pinned: bool, room: int | None
     ) -> None:
         super().__init__(_no_block, _played_memory if is_pinned else None, sys.maxsize if room is None else room)
-        self._block_bytes, self._file_bytes, self._is_mapped = block_bytes, file_bytes, is_mapped
+        self._block_bytes, self._file_bytes, self._is_as_stored = block_bytes, file_bytes, is_as_stored
         self.file = _PlayedFile()
 
     def _free(self) -> int:
         return sys.maxsize
 
     def _describe(self, key: Key) -> HostBlock:
-        if not self._is_mapped:  # loading it is reading and rounding it
+        if not self._is_as_stored:  # loading it is reading and rounding it
             self.file.read_bytes += self._file_bytes
-        piece = Piece("", 0, self._block_bytes, None, self.file if self._is_mapped else None)
+        piece = Piece("", 0, self._block_bytes, None, self.file if self._is_as_stored else None)
         return HostBlock(Layout(None, self._block_bytes), (piece,))
 
 

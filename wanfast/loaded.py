@@ -187,7 +187,8 @@ class LoadedModel:
     def text_encoder(self) -> tuple[text_weights.TextOuterWeights, Iterator[text_weights.TextBlockWeights]]:
         """Give the text encoder's weights outside the blocks, and its blocks, none of which is kept.
 
-        At full size the encoder has 11 GB and is used once per video: it is streamed, its token table stays on disk.
+        At full size the encoder has 11 GB and is used once per video: it is streamed, of its token table only the rows
+        are read that are looked up.
         """
         outer = text_weights.load_outer(self.model.text, self.config.text, self.compute_dtype)
         return replace(outer, norm=outer.norm.to(self.device)), self._text_blocks()

@@ -313,7 +313,7 @@ def _number(ref: TensorRef) -> float:
         return float(struct.unpack("<f", bytes(2) + ref.first_bytes(2))[0])  # the upper half of fp32
     if ref.dtype_name in _NUMBERS:
         return float(struct.unpack(_NUMBERS[ref.dtype_name], ref.first_bytes(ref.num_bytes))[0])
-    return float(cast("Any", ref.load()).item())
+    return float(cast("Any", ref.load("cpu")).item())
 
 
 def _stated_scaling(path: Path, names: Mapping[str, str]) -> tuple[dict[str, float], bool]:

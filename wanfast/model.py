@@ -94,7 +94,7 @@ def _model_path(sources: Sources, checkpoint: Checkpoint) -> str | None:
 def _tokenizer(place: Path | TensorRef) -> Tokenizer:
     if isinstance(place, Path):
         return load_tokenizer(place)
-    data = place.load()
+    data = place.load("cpu")
     assert isinstance(data, Tensor)
     return tokenizer_of_sentencepiece(data.numpy().tobytes(), place.file)
 

@@ -51,7 +51,7 @@ def load(
     Args:
         model: folder in the official, the Diffusers or ComfyUI's layout, one file (of a pair of experts, the other is
             found by its name), "t2v-a14b", "i2v-a14b", "ti2v-5b" or a Hugging Face Hub id, or a model in the box,
-            "wan-tiny" or "wan-tiny-i2v"; None is "wan-tiny".
+            "wan-tiny", "wan-tiny-i2v" or "wan-tiny-ti2v"; None is "wan-tiny".
         high: file of the high-noise expert, instead of `model`.
         low: file of the low-noise expert.
         vae: file, instead of the model's own or the one near it.
@@ -115,26 +115,30 @@ def _warn_of_rounding(model: Model, precision: str) -> None:
         )
 
 
-def plan_for(model: LoadedModel, request: Request, loras: Sequence[Lora] = ()) -> Plan:
+def plan_for(
+    model: LoadedModel, request: Request, loras: Sequence[Lora] = (), *, begun_in: Precision | None = None
+) -> Plan:
     """Settle a request for an open model, and hold it to the memory that is free here, before anything is loaded.
 
     Args:
         model: open weights.
         request: what was asked.
         loras: opened for the model; they take memory beside its weights.
+        begun_in: what the video was begun in, which it then keeps, whatever memory is free by now.
 
     Raises:
         RequestError: as in `make_plan`.
         MemoryBudgetError: it needs more, even with all weights streamed; the message says what would fit.
     """
+    wish = model.wish if begun_in is None else Wish(begun_in)
     wished = make_plan(
         model.config,
         request,
-        precision=model.wish.precision,
+        precision=wish.precision,
         device=str(model.device),
         vae_parameters=vae_parameters(model.config.vae),
     )
-    plan, reason = plan_here(model, wished, loras)
+    plan, reason = plan_here(model, wished, wish, loras)
     if plan.precision != wished.precision:
         _log.warning("precision %s: %s", plan.precision, reason)
         _warn_of_rounding(model.model, plan.precision)

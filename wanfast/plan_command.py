@@ -136,7 +136,7 @@ def _of_files(arguments: argparse.Namespace) -> _Shown:
     sizes = sizes_in(model, loras)
     if gpu is not None:
         return _settled(model.config, wished, wish, sizes, gpu=gpu, vram=vram, ram=ram)
-    plan, reason = plan_here(model, wished, loras)
+    plan, reason = plan_here(model, wished, wish, loras)
     instead = _rounded(model.config, plan)
     return _Shown(
         plan,

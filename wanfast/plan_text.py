@@ -185,10 +185,10 @@ def _item_lines(items: Mapping[str, int]) -> Iterator[str]:
 
 def _why(budget: Budget, *, on_gpu: bool) -> str:
     each = f"{gigabytes(budget.slot_bytes)} ({budget.stored})"
-    if budget.is_in_place and budget.is_mapped:
-        return f"on a CPU blocks of {each} are used where they lie in their files, one expert after the other"
     if budget.is_in_place:
-        return f"on a CPU blocks of {each} are made once and stay, of one expert at a time"
+        verb = "read" if budget.is_as_stored else "made"
+        stay = f"{verb} once and stay" if not budget.host_missing else f"{verb} again where there is no room for them"
+        return f"on a CPU blocks of {each} are {stay}, of one expert at a time"
     if not on_gpu:
         return f"--vram is less than an expert: its blocks of {each} pass through {budget.num_slots} slots"
     if budget.num_slots >= budget.num_blocks * budget.num_experts:
@@ -199,18 +199,18 @@ def _why(budget: Budget, *, on_gpu: bool) -> str:
 
 
 def _file_lines(budget: Budget, reads: FileReads, prediction: Prediction | None) -> Iterator[str]:
-    verb = "read" if budget.is_mapped else "read and made anew"
+    verb = "read" if budget.is_as_stored else "read and made anew"
     again = "" if reads.loads <= reads.blocks else f", {reads.loads - reads.blocks:,} of them again"
     yield f"{reads.loads:,} blocks are {verb}, {gigabytes(reads.num_bytes)}{again}; computed"
     if reads.loads_per_step:
         each = f"{reads.loads_per_step:,.1f} blocks, {gigabytes(round(reads.bytes_per_step))}"
         yield f"{each} in a step that is not an expert's first: host memory has no room for them"
-    if budget.is_mapped and not budget.is_resident and reads.loads > reads.blocks:
+    if budget.is_as_stored and not budget.is_resident and reads.loads > reads.blocks:
         yield "the system may still have some of them in memory"
     if prediction is not None and prediction.reading is not None:
         how = f"at {gigabytes(round(DISK))} per second, which is assumed"
         yield f"{prediction.reading:,.1f} seconds, {how}; what is waited for is in the seconds below"
-    if not budget.is_mapped:
+    if not budget.is_as_stored:
         if prediction is not None:
             yield "rounding what they hold to the dtype that is computed in is not in it"
         yield "`wanfast convert` writes files whose blocks are used as they are"

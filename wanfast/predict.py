@@ -180,7 +180,7 @@ def _reads(plan: Plan, sizes: WeightSizes, budget: Budget) -> tuple[Read, ...]:
         blocks,
         budget.num_slots,
         block_bytes=sizes.slot,
-        is_mapped=sizes.is_mapped,
+        is_as_stored=sizes.is_as_stored,
         is_pinned=plan.device.startswith("cuda"),
         file_bytes=sizes.file_block,
         room=budget.host_room,

@@ -60,8 +60,8 @@ def preset_note(plan: Plan, files: Iterable[str]) -> str | None:
     distilled = next((file for file in files if _DISTILLED.search(file)), None)
     if distilled is None and is_few and (len(plan.steps), plan.solver) == (preset.num_inference_steps, preset.solver):
         return (
-            f"{len(plan.steps)} steps without guidance are for weights or LoRAs that were distilled to them, of which no"
-            " file's name speaks here; other weights need their usual steps"
+            f"{len(plan.steps)} steps without guidance are for weights or LoRAs that were distilled to them, of which"
+            " no file's name speaks here; other weights need their usual steps"
         )
     if is_few or distilled is None:
         return None

@@ -40,7 +40,7 @@ class WeightSizes:
     vae_decoder: int
     stored: str  # how the files hold the projections
     is_expanded: bool  # whether they are expanded where they are used
-    is_mapped: bool = True  # whether blocks lie in their files as they are used: on the host they are pages of these
+    is_as_stored: bool = True  # whether blocks are used as they lie in their files: then they can be read there again
     file_block: int = 0  # bytes of a block in its file
     loading: int = 0  # bytes of the host that blocks take while they are loaded, beside those that are kept
     loras: int = 0  # what LoRAs add to the expert that is used
@@ -67,9 +67,9 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
             kind do where it computes in 8; the others stay as they are.
     """
     itemsize = dtype_of(precision).itemsize
-    is_mapped = stored not in _FLOATS or _FLOATS[stored] == itemsize
+    is_as_stored = stored not in _FLOATS or _FLOATS[stored] == itemsize
     if precision in EIGHT_BIT and stored in (*_FLOATS, *EIGHT_BIT):
-        is_mapped = stored == precision
+        is_as_stored = stored == precision
     in_file = stored
     if stored in _FLOATS:
         stored = "bf16" if itemsize == 2 else "fp32"
@@ -94,21 +94,23 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: str = "bf16"
         vae_decoder=vae_bytes(config, "decoder"),
         stored=stored,
         is_expanded=stored not in (*_FLOATS, precision),
-        is_mapped=is_mapped,
-        file_block=slot if is_mapped else file_block,
-        loading=0 if is_mapped else loading_bytes(config, precision, slot),
+        is_as_stored=is_as_stored,
+        file_block=slot if is_as_stored else file_block,
+        loading=loading_bytes(config, precision, slot, is_as_stored=is_as_stored),
     )
 
 
-def loading_bytes(config: ModelConfig, precision: Precision, slot: int) -> int:
-    """Bytes of the host while blocks that are not used as they lie in their files are loaded.
+def loading_bytes(config: ModelConfig, precision: Precision, slot: int, *, is_as_stored: bool) -> int:
+    """Bytes of the host while blocks are loaded.
 
-    Two of them: the next to be copied, and the one that is loaded ahead. Where they are rounded to 8 bits, also the one
-    they are rounded from, in 16, and what is held for its largest matrix.
+    Two of them: the next to be copied, and the one that is loaded ahead. Where they are not used as they are stored,
+    also the largest matrix as it is stored, in fp32 at most; where they are rounded to 8 bits, also the block they are
+    rounded from, in 16, and what is held for its largest matrix.
     """
-    if precision not in EIGHT_BIT:
+    if is_as_stored:
         return 2 * slot
-    return 4 * slot + _ROUNDING * config.dit.dim * max(config.dit.dim, config.dit.ffn_dim)
+    matrix = config.dit.dim * max(config.dit.dim, config.dit.ffn_dim)
+    return 4 * slot + _ROUNDING * matrix if precision in EIGHT_BIT else 2 * slot + _FLOATS["fp32"] * matrix
 
 
 def largest_block(reader: Reader, dtype: torch.dtype, *, in_8_bits: bool = False) -> int:

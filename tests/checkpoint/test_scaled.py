@@ -15,13 +15,14 @@ from torch import Tensor
 
 from wanfast.checkpoint.bind import check_names, read_tensor
 from wanfast.checkpoint.part import open_part, open_parts
-from wanfast.checkpoint.reader import Reader, memory_reader
+from wanfast.checkpoint.reader import Reader, memory_reader, open_file
 from wanfast.checkpoint.scaled_format import open_scaled
 from wanfast.config import DiTConfig
 from wanfast.dit.model import predict_velocities
 from wanfast.dit.weights import expected_tensors, load_block, load_outer
 from wanfast.errors import CheckpointError
 from wanfast.linear import expand
+from wanfast.open_file import OpenFile
 from wanfast.random_weights import random_tensors
 from wanfast.stored import ScaledWeight
 
@@ -232,3 +233,25 @@ def test_any_mix_of_tensors_is_read_or_refused_by_file(entries, has_marker):
                 assert expand(weight).shape == weight.shape
     except CheckpointError as error:
         assert "mix.pth" in str(error)
+
+
+@pytest.mark.parametrize("scale", [None, (), (1,), (300,), (300, 1), (3, 1)])
+def test_of_an_8_bit_table_only_the_rows_are_read_that_are_asked_for(
+    scale: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    """As of the token table of a umT5 in fp8, which has 1 GB."""
+    generator = torch.Generator().manual_seed(1)
+    file = {"shared.weight": torch.randn(300, 40, generator=generator).to(FP8)}
+    if scale is not None:
+        file["shared.weight_scale"] = torch.rand(scale, generator=generator) + 0.5
+    reader = open_scaled(open_file(write(tmp_path / "a.safetensors", file)))
+    rows = [299, 0, 7, 7, 130]
+    want = expand(reader.load("shared.weight"))[rows]
+    with pytest.MonkeyPatch.context() as patched:
+        if scale != (3, 1):  # a scale per block of 128 rows is only read whole
+            sizes: list[int] = []
+            own = OpenFile.tensor
+            patched.setattr(OpenFile, "tensor", lambda self, at, n, *more: sizes.append(n) or own(self, at, n, *more))
+        got = reader.load_rows("shared.weight", rows)
+    assert torch.equal(expand(got), want)
+    assert scale == (3, 1) or max(sizes) <= 1200

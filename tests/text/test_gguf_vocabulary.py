@@ -59,7 +59,7 @@ def write_text_encoder(path: Path, spiece: bytes, **changes: Any) -> Path:
 def tokenizer_in(path: Path) -> Tokenizer:
     vocabulary = open_part(path, "text").vocabulary
     assert vocabulary is not None
-    data = vocabulary.load()
+    data = vocabulary.load("cpu")
     assert isinstance(data, torch.Tensor)
     assert (data.dtype, tuple(data.shape)) == (vocabulary.dtype, vocabulary.shape)
     assert vocabulary.first_bytes(100) == data.numpy().tobytes()[:100]

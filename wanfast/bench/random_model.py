@@ -25,6 +25,7 @@ from wanfast.config import ModelConfig
 from wanfast.dit.weights import expected_tensors as dit_tensors
 from wanfast.dit.weights import is_fp32
 from wanfast.model import Model
+from wanfast.open_file import Where
 from wanfast.random_weights import byte_tokenizer, random_tensors
 from wanfast.text.tokenizer import Tokenizer
 from wanfast.text.weights import expected_tensors as text_tensors
@@ -104,7 +105,9 @@ class _Shared:
             refs[name] = TensorRef(_PLACE, name, shape, dtype_name(dtype), load, first)
         return Reader(refs, _PLACE)
 
-    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, where: Where) -> Tensor:
+        if where == "meta":
+            return torch.empty(shape, dtype=dtype, device=where)
         key = (re.sub(r"^blocks\.\d+\.", "", name), shape, dtype)
         if key not in self._drawn:
             drawn = (1, *shape[1:]) if name == _TABLE else shape
@@ -123,5 +126,5 @@ def _draw(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return values if name == _TABLE else values.div_(math.sqrt(math.prod(shape) / shape[0]))
 
 
-def _first_bytes(load: Callable[[], Tensor], num_bytes: int) -> bytes:
-    return load().flatten()[:num_bytes].view(torch.uint8)[:num_bytes].numpy().tobytes()
+def _first_bytes(load: Callable[[Where], Tensor], num_bytes: int) -> bytes:
+    return load("cpu").flatten()[:num_bytes].view(torch.uint8)[:num_bytes].numpy().tobytes()

@@ -25,12 +25,16 @@ def read_tensor(reader: Reader, name: str, shape: Sequence[int], *, dtype: torch
         dtype: cast to this float dtype; None keeps the stored one.
 
     Returns:
-        The tensor on the CPU. Without a cast it shares memory with the file or the reader: do not write to it.
+        The tensor on the CPU. Without a cast it may be the reader's own: do not write to it.
 
     Raises:
         CheckpointError: missing, mis-shaped, not of a float dtype, or with values that are not finite (in `dtype`).
     """
-    stored = _load(reader, name, shape)
+    return _plain(reader, name, _load(reader, name, shape), dtype)
+
+
+def _plain(reader: Reader, name: str, stored: Weight, dtype: torch.dtype | None) -> Tensor:
+    """Give a loaded tensor as plain numbers, checked."""
     if dtype is not None and not isinstance(stored, Tensor):
         stored = replace(stored, dtype=dtype)  # rounded once
     tensor = expand(stored)
@@ -50,7 +54,7 @@ def read_linear(
     """
     stored = _load(reader, f"{prefix}.weight", (out_features, in_features))
     if isinstance(stored, Tensor):
-        weight: Weight = read_tensor(reader, f"{prefix}.weight", (out_features, in_features), dtype=dtype)
+        weight: Weight = _plain(reader, f"{prefix}.weight", stored, dtype)
     else:
         weight = replace(stored, dtype=dtype)  # stays as small as it is stored
         if isinstance(weight, ScaledWeight):

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import sys
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wanfast.open_file import OpenFile, Where
     from wanfast.stored import Weight
 
 # Bytes of one number, of every dtype that a file's header can name.
@@ -40,7 +39,6 @@ ITEM_BYTES = {
     "bool": 1,
 }
 _GIT_LFS_POINTER = b"version https://git-lfs"
-_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.13 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,12 @@ class TensorRef:
     stored_name: str  # its name in the file
     shape: tuple[int, ...]
     dtype_name: str  # of what `load` gives, as torch calls it: "bfloat16"
-    load: Callable[[], Weight]
+    load: Callable[[Where], Weight]  # on the CPU, in memory of its own
     first_bytes: Callable[[int], bytes]  # gives so many of its first bytes, as stored; of a file without torch
     stored_as: str | None = None  # what the numbers are where they are not plain `dtype`: "Q4_K", "float8_e4m3fn", ...
     stored_bytes: int | None = None  # where shape and dtype do not tell them
     is_ready: bool = False  # whether 8-bit arithmetic multiplies these very numbers: by wanfast's own kinds of scale
+    rows: Callable[[Sequence[int]], Weight] | None = None  # reads these rows alone; None: it is only read whole
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,6 +65,61 @@ class TensorRef:
     def num_bytes(self) -> int:
         """Bytes the tensor occupies in its file."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype_name] if self.stored_bytes is None else self.stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """The bytes of one tensor in a file."""
+
+    file: OpenFile
+    offset: int
+    num_bytes: int
+    name: str
+
+    def read(self, where: Where) -> Tensor:
+        """Give all of them, uint8 [num_bytes].
+
+        Raises:
+            CheckpointError: they cannot be read, or the file is not what it was.
+        """
+        return self.file.tensor(self.offset, self.num_bytes, f"tensor {self.name}", where)
+
+    def rows(self, rows: Sequence[int], count: int) -> Tensor:
+        """Give some of `count` equal rows, uint8 [rows, bytes of a row]; each is read once.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        import torch
+
+        size = self.num_bytes // max(1, count)
+        if not rows or not size:
+            return torch.empty(len(rows), size, dtype=torch.uint8)
+        places = {row: self.offset + row * size for row in rows}
+        read = {row: self.file.tensor(place, size, f"tensor {self.name}") for row, place in places.items()}
+        return torch.stack([read[row] for row in rows])
+
+    def first(self, num_bytes: int) -> bytes:
+        """Give the first bytes, or all where they are fewer; without torch.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        return self.file.first(self.offset, min(num_bytes, self.num_bytes), f"tensor {self.name}")
+
+
+def plain_ref(stored: StoredBytes, shape: tuple[int, ...], dtype: str) -> TensorRef:
+    """Make the entry of a tensor whose bytes are numbers of one dtype."""
+    load, rows = partial(_load_plain, stored, shape, dtype), partial(_load_rows, stored, shape, dtype)
+    return TensorRef(stored.file.path, stored.name, shape, dtype, load, stored.first, rows=rows if shape else None)
+
+
+def _load_plain(stored: StoredBytes, shape: tuple[int, ...], dtype: str, where: Where) -> Tensor:
+    return stored.read(where).view(torch_dtype(dtype)).view(shape)
+
+
+def _load_rows(stored: StoredBytes, shape: tuple[int, ...], dtype: str, rows: Sequence[int]) -> Tensor:
+    return stored.rows(rows, shape[0]).view(-1).view(torch_dtype(dtype)).view(len(rows), *shape[1:])
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -131,64 +185,6 @@ def refuse_pointer(path: Path) -> None:
         raise unreadable(path, error) from None
     if is_pointer:
         raise CheckpointError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
-
-
-class MappedFile:
-    """The bytes of a file, mapped while any view of them lives: nothing is read until a view is used.
-
-    When the last view has gone, so has the mapping, and its pages no longer count as this process's memory.
-    """
-
-    __slots__ = ("_length", "_pages", "_path")
-
-    def __init__(self, path: Path, length: int) -> None:
-        """Map nothing yet; `length` is the file's size in bytes."""
-        self._path = path
-        self._length = length
-        self._pages: weakref.ref[mmap.mmap] | None = None
-
-    def view(self, begin: int, end: int) -> Tensor:
-        """Give bytes [begin, end) as uint8 [end - begin], copy-on-write; views share one mapping.
-
-        Raises:
-            CheckpointError: the file has gone or has shrunk.
-        """
-        import torch
-
-        if begin == end:
-            return torch.empty(0, dtype=torch.uint8)
-        # The tensor keeps the pages.
-        return torch.frombuffer(self._mapped(), dtype=torch.uint8, offset=begin, count=end - begin)
-
-    def first(self, begin: int, end: int, num_bytes: int) -> bytes:
-        """Copy the first `num_bytes` of bytes [begin, end), or all of them if they are fewer.
-
-        Raises:
-            CheckpointError: as `view`.
-        """
-        return self._mapped()[begin : min(end, begin + num_bytes)] if begin < end else b""
-
-    def _mapped(self) -> mmap.mmap:
-        """The mapping that views share, or a new one where there is none."""
-        pages = None if self._pages is None else self._pages()
-        if pages is not None and self._path.exists() and self._path.stat().st_size < self._length:
-            # A page that is mapped and no longer in the file ends the process when it is touched.
-            raise CheckpointError(f"{self._path}: has shrunk while it is in use; was it replaced?")
-        if pages is None:
-            pages = self._map()
-            self._pages = weakref.ref(pages)
-        return pages
-
-    def _map(self) -> mmap.mmap:
-        try:
-            with self._path.open("rb") as file:
-                if sys.platform == "linux":
-                    # Without NORESERVE Linux refuses to map, with copy-on-write, a file larger than memory and swap.
-                    flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                    return mmap.mmap(file.fileno(), self._length, flags=flags, prot=protection)
-                return mmap.mmap(file.fileno(), self._length, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._path}: cannot be mapped any more ({error}); was it replaced?") from None
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

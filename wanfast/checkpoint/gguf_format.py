@@ -1,4 +1,4 @@
-"""The GGUF format: a binary header, checked whole before any tensor is believed, and views into the mapped file.
+"""The GGUF format: a binary header, checked whole before any tensor is believed, and reads of its bytes.
 
 `gguf`'s own reader is not used: it trusts every count in the header, so a damaged one keeps it busy without end, and it
 spends seconds on the vocabulary of a text encoder, which is stepped over here unless it is asked for.
@@ -9,22 +9,30 @@ Source: ggml-org/ggml, docs/gguf.md; city96/ComfyUI-GGUF, loader.py (prefixes, `
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from wanfast.block_sizes import GGUF_BLOCKS
-from wanfast.checkpoint.files import ITEM_BYTES, MappedFile, TensorRef, refuse_pointer, torch_dtype, unreadable
+from wanfast.checkpoint.files import (
+    ITEM_BYTES,
+    StoredBytes,
+    TensorRef,
+    plain_ref,
+    refuse_pointer,
+    torch_dtype,
+    unreadable,
+)
 from wanfast.errors import CheckpointError
+from wanfast.open_file import OpenFile
 from wanfast.stored import GGUFWeight
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from wanfast.open_file import Where
     from wanfast.stored import Weight
 
 # Every type a tensor can have, by its number in the file; numbers left out have been withdrawn from the format.
@@ -55,6 +63,7 @@ _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 _COUNTS_AT = 8  # bytes; before them stand "GGUF" and the version
 _VERSIONS = (2, 3)  # version 1 had 32-bit counts and no published Wan file
 _MAX_HEADER_BYTES = 1 << 25  # umT5's, with its vocabulary of 256,384 words, is a quarter of that
+_PIECE_BYTES = 1 << 16  # that are read at once
 _MAX_ENTRIES = 1 << 16  # keys, and tensors
 _MAX_AXES = 8
 _MAX_ITEMS = 64  # of an array whose values are wanted
@@ -76,11 +85,11 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
         CheckpointError: the file cannot be read, breaks the format, is of another architecture, or holds a tensor of a
             type that wanfast does not read: named with the tensor at fault.
     """
-    (keys, entries, header_bytes), file_bytes = _with_header(path, _read_header)
+    (keys, entries, header_bytes), seen = _with_header(path, _read_header)
     _check_keys(path, keys)
     alignment = keys.get("general.alignment", 32)
     data_start = -(-header_bytes // alignment) * alignment
-    mapping = MappedFile(path, file_bytes)
+    file = OpenFile(path, seen)
     refs: dict[str, TensorRef] = {}
     spans: list[tuple[int, int, str]] = []
     for entry in entries:
@@ -90,8 +99,8 @@ def gguf_refs(path: Path) -> dict[str, TensorRef]:
         if entry.offset % alignment:
             raise CheckpointError(f"{path}: tensor {entry.name} starts off the file's alignment; {_DAMAGED}")
         spans.append((begin, begin + num_bytes, entry.name))
-        refs[entry.name] = _ref(path, entry.name, kind, shape, mapping, (begin, begin + num_bytes))
-    _check_spans(path, spans, file_bytes)
+        refs[entry.name] = _ref(StoredBytes(file, begin, num_bytes, entry.name), kind, shape)
+    _check_spans(path, spans, seen.st_size)
     return refs
 
 
@@ -109,15 +118,15 @@ def gguf_values(path: Path, prefix: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key.startswith(prefix)}
 
 
-def _with_header(path: Path, read: Callable[[_Cursor], _T]) -> tuple[_T, int]:
-    """What `read` makes of a file's header, and the file's size."""
+def _with_header(path: Path, read: Callable[[_Cursor], _T]) -> tuple[_T, os.stat_result]:
+    """What `read` makes of a file's header, and what the file is like."""
     refuse_pointer(path)
     try:
         with path.open("rb") as file:
-            file_bytes = path.stat().st_size
-            _check_start(path, file.read(_COUNTS_AT), file_bytes)
-            with mmap.mmap(file.fileno(), min(file_bytes, _MAX_HEADER_BYTES), access=mmap.ACCESS_READ) as pages:
-                return read(_Cursor(pages, _COUNTS_AT)), file_bytes
+            seen = os.fstat(file.fileno())
+            start = file.read(_COUNTS_AT)
+            _check_start(path, start, seen.st_size)
+            return read(_Cursor(file, min(seen.st_size, _MAX_HEADER_BYTES), bytearray(start), _COUNTS_AT)), seen
     except OSError as error:
         raise unreadable(path, error) from None
     except CheckpointError:
@@ -140,13 +149,18 @@ class _Entry:
 class _Cursor:
     """A place in the header; reading past its end is a ValueError."""
 
-    pages: mmap.mmap
+    file: BinaryIO
+    limit: int  # bytes that there are, or may be
+    data: bytearray  # of the file, from its start, as far as it was read
     place: int
 
     def skip(self, num_bytes: int) -> None:
         """Step over bytes that must be there."""
-        if num_bytes > len(self.pages) - self.place:
-            cut = len(self.pages) < _MAX_HEADER_BYTES
+        missing = self.place + num_bytes - len(self.data)
+        if num_bytes <= self.limit - self.place and missing > 0:
+            self.data += self.file.read(min(max(missing, _PIECE_BYTES), self.limit - len(self.data)))
+        if num_bytes > len(self.data) - self.place:
+            cut = self.limit < _MAX_HEADER_BYTES
             raise ValueError("cut short within its header" if cut else f"header exceeds {_MAX_HEADER_BYTES} bytes")
         self.place += num_bytes
 
@@ -154,17 +168,17 @@ class _Cursor:
         """Little-endian numbers, as `struct` writes their types."""
         begin = self.place
         self.skip(struct.calcsize(f"<{layout}"))
-        return struct.unpack_from(f"<{layout}", self.pages, begin)
+        return struct.unpack_from(f"<{layout}", self.data, begin)
 
     def texts(self, count: int, *, keep: bool) -> list[bytes]:
         """Strings, or none where they are only stepped over; ends with the header at the latest."""
         found: list[bytes] = []
         for _ in range(count):  # a loop for speed: a vocabulary has 256,384 of them
             self.skip(_LENGTH.size)
-            (length,) = _LENGTH.unpack_from(self.pages, self.place - _LENGTH.size)
+            (length,) = _LENGTH.unpack_from(self.data, self.place - _LENGTH.size)
             self.skip(length)
             if keep:
-                found.append(self.pages[self.place - length : self.place])
+                found.append(bytes(self.data[self.place - length : self.place]))
         return found
 
     def text(self) -> str:
@@ -227,7 +241,7 @@ def _read_value(cursor: _Cursor, key: str, kind: int, *, is_whole: bool) -> Any:
     cursor.skip(count * struct.calcsize(f"<{_SCALARS[item]}"))
     if not is_whole:
         return None
-    numbers: Any = memoryview(cursor.pages[begin : cursor.place])
+    numbers: Any = memoryview(bytes(cursor.data[begin : cursor.place]))
     return numbers.cast(_SCALARS[item])
 
 
@@ -312,34 +326,38 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], file_bytes: int)
         position = end
 
 
-def _ref(
-    path: Path, name: str, kind: str, shape: tuple[int, ...], mapping: MappedFile, place: tuple[int, int]
-) -> TensorRef:
-    data, first = partial(_slice, mapping, *place), partial(mapping.first, *place)
+def _ref(stored: StoredBytes, kind: str, shape: tuple[int, ...]) -> TensorRef:
     if kind in _PLAIN:
-        return TensorRef(path, name, shape, _PLAIN[kind], partial(_plain, data, shape, _PLAIN[kind]), first)
+        return plain_ref(stored, shape, _PLAIN[kind])
     is_matrix = len(shape) == 2 and shape[1] % GGUF_BLOCKS[kind].elements == 0
-    dtype, expand = (_EXPANDS_TO, _matrix) if is_matrix else ("float32", _expanded)
-    load, num_bytes = partial(expand, data, shape, kind), place[1] - place[0]
-    return TensorRef(path, name, shape, dtype, load, first, stored_as=kind, stored_bytes=num_bytes)
+    return TensorRef(
+        stored.file.path,
+        stored.name,
+        shape,
+        _EXPANDS_TO if is_matrix else "float32",
+        partial(_matrix if is_matrix else _expanded, stored, shape, kind),
+        stored.first,
+        stored_as=kind,
+        stored_bytes=stored.num_bytes,
+        rows=partial(_matrix_rows, stored, shape, kind) if is_matrix else None,
+    )
 
 
-def _slice(mapping: MappedFile, begin: int, end: int) -> Tensor:
-    """Bytes of the file; copied where a file's own alignment is less than torch needs."""
-    data = mapping.view(begin, end)
-    return data.clone() if begin % 8 else data
+def _matrix(stored: StoredBytes, shape: tuple[int, ...], kind: str, where: Where) -> Weight:
+    return GGUFWeight(stored.read(where).view(shape[0], -1), kind, shape[1], torch_dtype(_EXPANDS_TO))
 
 
-def _plain(data: Callable[[], Tensor], shape: tuple[int, ...], dtype: str) -> Tensor:
-    return data().view(torch_dtype(dtype)).view(shape)
+def _matrix_rows(stored: StoredBytes, shape: tuple[int, ...], kind: str, rows: Sequence[int]) -> Weight:
+    return GGUFWeight(stored.rows(rows, shape[0]), kind, shape[1], torch_dtype(_EXPANDS_TO))
 
 
-def _matrix(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
-    return GGUFWeight(data().view(shape[0], -1), kind, shape[1], torch_dtype(_EXPANDS_TO))
+def _expanded(stored: StoredBytes, shape: tuple[int, ...], kind: str, where: Where) -> Weight:
+    import torch
 
-
-def _expanded(data: Callable[[], Tensor], shape: tuple[int, ...], kind: str) -> Weight:
     from wanfast.kernels import dequantize_gguf  # which takes torch and triton
 
-    row = dequantize_gguf(data().view(1, -1), kind, in_features=math.prod(shape), dtype=torch_dtype("float32"))
+    if where == "meta":
+        return torch.empty(shape, dtype=torch.float32, device=where)
+    data = stored.read(where).view(1, -1)
+    row = dequantize_gguf(data, kind, in_features=math.prod(shape), dtype=torch.float32)
     return row.view(shape)

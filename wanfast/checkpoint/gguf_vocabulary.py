@@ -30,6 +30,8 @@ from wanfast.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wanfast.open_file import Where
+
 _PREFIX = "tokenizer.ggml."
 _UNIGRAM = "t5"
 _NORMAL, _BYTE = 1, 6  # first and last number of a type
@@ -78,7 +80,7 @@ def gguf_vocabulary(path: Path, num_tokens: int) -> TensorRef | None:
     return TensorRef(path, f"{_PREFIX}tokens", (vocabulary.num_bytes,), "uint8", load, first)
 
 
-def _load(path: Path, num_tokens: int) -> Tensor:
+def _load(path: Path, num_tokens: int, _: Where) -> Tensor:
     import torch
 
     return torch.frombuffer(bytearray(_model(path, num_tokens)), dtype=torch.uint8)

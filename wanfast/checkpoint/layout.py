@@ -232,8 +232,7 @@ def _usual_settings(reader: Reader) -> DiTSettings:
 
 def _refuse_non_folder(folder: Path) -> None:
     if not folder.exists():
-        built_in = "wan-tiny, wan-tiny-i2v and wan-tiny-ti2v are built in"
-        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}, {built_in}")
+        raise CheckpointError(f"{folder}: no such folder; {_HOW_TO_GET_ONE}, wan-tiny and its siblings are built in")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; {_HOW_TO_GET_ONE}")
     try:

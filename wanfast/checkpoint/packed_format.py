@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wanfast.open_file import Where
     from wanfast.stored import Weight
 
 VERSION_KEY, VERSION = "wanfast_packed", "1"  # in the header's free-form entries
@@ -86,25 +87,33 @@ def packed_refs(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
         if ref.dtype_name != "uint8" or len(ref.shape) != 2 or ref.shape[1] % block.num_bytes:
             raise CheckpointError(f"{ref.file}: tensor {name} does not hold rows of {kind} blocks; convert it again")
         in_features = ref.shape[1] // block.num_bytes * block.elements
-        load = partial(_load_blocks, ref, kind, in_features)
+        load, rows = partial(_load_blocks, ref, kind, in_features), partial(_load_rows, ref, kind, in_features)
         found[layer] = replace(
             ref,
             shape=(ref.shape[0], in_features),
             dtype_name=_EXPANDS_TO,
             load=load,
+            rows=rows,
             stored_as=kind,
             stored_bytes=ref.num_bytes,
         )
     return found
 
 
-def _load_blocks(ref: TensorRef, kind: str, in_features: int) -> Weight:
+def _load_blocks(ref: TensorRef, kind: str, in_features: int, where: Where) -> Weight:
+    return _as_blocks(ref.load(where), kind, in_features)
+
+
+def _load_rows(ref: TensorRef, kind: str, in_features: int, rows: Sequence[int]) -> Weight:
+    assert ref.rows is not None, "a plain tensor of two axes"
+    return _as_blocks(ref.rows(rows), kind, in_features)
+
+
+def _as_blocks(blocks: Weight, kind: str, in_features: int) -> Weight:
     import torch
 
-    blocks = ref.load()
     assert isinstance(blocks, torch.Tensor)
-    aligned = blocks.clone() if blocks.data_ptr() % 8 else blocks  # only sizes that no published model has
-    return GGUFWeight(aligned, kind, in_features, torch_dtype(_EXPANDS_TO))
+    return GGUFWeight(blocks, kind, in_features, torch_dtype(_EXPANDS_TO))
 
 
 def packed_bytes(groups: Sequence[Group]) -> int:

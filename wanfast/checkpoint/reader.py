@@ -1,7 +1,7 @@
 """Reads tensors of one model part by name, one at a time, from safetensors, `.pth` or GGUF files, or memory.
 
-Opening reads headers only. A loaded tensor is a view of the memory-mapped file: no bytes are copied, the operating
-system fetches the pages that are touched and may drop them again.
+Opening reads headers only. A loaded tensor is in memory of its own: a mapped page whose file is cut short in use would
+end the process, a read that fails is an error with a name.
 
 Sources: Hugging Face's sharded checkpoints, `<name>.safetensors.index.json` with a `weight_map` from tensor to file;
 ModelTC/LightX2V, tools/convert/converter.py, --save_by_block, `block_<n>.safetensors` and `non_block.safetensors`.
@@ -9,25 +9,37 @@ ModelTC/LightX2V, tools/convert/converter.py, --save_by_block, `block_<n>.safete
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanfast.checkpoint.files import TensorRef, dtype_name, read_json, refuse_pointer
+from wanfast.checkpoint.files import (
+    StoredBytes,
+    TensorRef,
+    dtype_name,
+    plain_ref,
+    read_json,
+    refuse_pointer,
+    torch_dtype,
+)
 from wanfast.checkpoint.gguf_format import gguf_refs
 from wanfast.checkpoint.names import gguf_to_official
 from wanfast.checkpoint.packed_format import VERSION_KEY, packed_refs
 from wanfast.checkpoint.safetensors_format import safetensors_metadata, safetensors_refs
 from wanfast.errors import CheckpointError
+from wanfast.open_file import OpenFile
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wanfast.open_file import Where
     from wanfast.stored import Weight
 
 _BLOCK_FILE = re.compile(r"block_(\d+)\.safetensors")
@@ -70,13 +82,34 @@ class Reader:
         """The file that holds the tensor."""
         return self.ref(name).file
 
-    def load(self, name: str) -> Weight:
-        """Return one tensor on the CPU as it is stored; it may share the file's pages, so do not write to it.
+    def load(self, name: str, where: Where = "cpu") -> Weight:
+        """Read one tensor as it is stored; it may be the memory of whoever gave it, so do not write to it.
+
+        Args:
+            name: of the tensor.
+            where: "meta" gives dtypes and shapes alone, and reads nothing.
 
         Raises:
-            CheckpointError: there is no such tensor, or its file has gone.
+            CheckpointError: there is no such tensor, or its file has gone or changed.
         """
-        return self.ref(name).load()
+        return self.ref(name).load(where)
+
+    def load_rows(self, name: str, rows: Sequence[int]) -> Weight:
+        """Read some rows of a tensor, [rows, ...]; where it has a form that is only read whole, they are cut from that.
+
+        Raises:
+            CheckpointError: as `load`.
+            ValueError: there is no such row.
+        """
+        ref = self.ref(name)
+        for row in rows:  # beyond them the file has other tensors, which would be read in silence
+            if not 0 <= row < ref.shape[0]:
+                raise ValueError(f"rows: must be from 0 to {ref.shape[0] - 1} in {self.where(name)}, got {row}")
+        if ref.rows is not None:
+            return ref.rows(rows)
+        from wanfast.linear import expand  # which takes torch
+
+        return expand(ref.load("cpu"))[list(rows)]
 
     def where(self, name: str) -> str:
         """File and tensor for a message, with the stored name where a rename hides it."""
@@ -250,6 +283,7 @@ def open_pickle(path: str | Path) -> Reader:
     path = Path(path)
     refuse_pointer(path)
     _refuse_bomb(path)
+    seen = path.stat()
     try:
         content = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the unpickler raises whatever the damaged bytes lead it to
@@ -271,7 +305,7 @@ def open_pickle(path: str | Path) -> Reader:
             )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: tensor {name} is not a plain dense tensor; use the original file")
-    return _tensors_reader(content, path)
+    return Reader(_pickled_refs(content, path, seen), path)
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -285,17 +319,55 @@ def _refuse_bomb(path: Path) -> None:
         )
 
 
-def _tensors_reader(tensors: Mapping[str, Tensor], path: Path) -> Reader:
+def _pickled_refs(tensors: Mapping[str, Tensor], path: Path, seen: os.stat_result) -> dict[str, TensorRef]:
+    """Where in the file the tensors are that torch has mapped; where the system does not tell, they stay mapped."""
+    from wanfast.mappings import MappedFiles
+
+    file, mapped = OpenFile(path, seen), MappedFiles()
+    real_path, inode = path.resolve(), (seen.st_dev, seen.st_ino)
     refs = {}
     for name, tensor in tensors.items():
-        load, first = partial(_taken, tensor), partial(_first_bytes, tensor)
-        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-        refs[name] = TensorRef(path, name, shape, dtype, load, first, stored_bytes=tensor.nbytes)
-    return Reader(refs, path)
+        at = mapped.find(tensor)
+        if at is not None and (at.path == real_path or at.inode == inode):
+            refs[name] = _pickled_ref(file, at.offset, name, tensor)
+        else:
+            refs[name] = _memory_ref(path, name, tensor)
+    return refs
 
 
-def _taken(tensor: Tensor) -> Tensor:
-    return tensor.detach()
+def _pickled_ref(file: OpenFile, offset: int, name: str, tensor: Tensor) -> TensorRef:
+    shape, strides, dtype = tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
+    stored = StoredBytes(file, offset, span * tensor.itemsize, name)
+    if tensor.is_contiguous():
+        return replace(plain_ref(stored, shape, dtype), stored_bytes=tensor.nbytes)
+    load = partial(_load_strided, stored, shape, strides, dtype)
+    first = partial(_first_loaded, load)
+    return TensorRef(file.path, name, shape, dtype, load, first, stored_bytes=tensor.nbytes)
+
+
+def _load_strided(
+    stored: StoredBytes, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, where: Where
+) -> Tensor:
+    return stored.read(where).view(torch_dtype(dtype)).as_strided(shape, strides)
+
+
+def _tensors_reader(tensors: Mapping[str, Tensor], path: Path) -> Reader:
+    return Reader({name: _memory_ref(path, name, tensor) for name, tensor in tensors.items()}, path)
+
+
+def _memory_ref(path: Path, name: str, tensor: Tensor) -> TensorRef:
+    load, first = partial(_taken, tensor), partial(_first_bytes, tensor)
+    shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+    return TensorRef(path, name, shape, dtype, load, first, stored_bytes=tensor.nbytes)
+
+
+def _taken(tensor: Tensor, where: Where) -> Tensor:
+    return tensor.detach() if where == "cpu" else tensor.detach().to(where)
+
+
+def _first_loaded(load: Callable[[Where], Tensor], num_bytes: int) -> bytes:
+    return _first_bytes(load("cpu"), num_bytes)
 
 
 def _first_bytes(tensor: Tensor, num_bytes: int) -> bytes:

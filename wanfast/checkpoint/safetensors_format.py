@@ -1,4 +1,4 @@
-"""The safetensors format: a JSON header, checked whole before any tensor is believed, and views into the mapped file.
+"""The safetensors format: a JSON header, checked whole before any tensor is believed, and reads of its bytes.
 
 Source: https://github.com/huggingface/safetensors, README, "Format".
 """
@@ -6,23 +6,21 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 from __future__ import annotations
 
 import math
-from functools import partial
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wanfast.checkpoint.files import (
     ITEM_BYTES,
-    MappedFile,
+    StoredBytes,
     TensorRef,
     parse_object,
+    plain_ref,
     refuse_pointer,
-    torch_dtype,
     unreadable,
 )
 from wanfast.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from wanfast.open_file import OpenFile
 
 DTYPES = {  # torch's names by the format's
     "F64": "float64",
@@ -50,18 +48,17 @@ def safetensors_refs(path: Path) -> dict[str, TensorRef]:
     Raises:
         CheckpointError: the file cannot be read or breaks the format: named with the tensor at fault.
     """
-    header, data_start, data_bytes = _read_header(path)
+    header, data_start, seen = _read_header(path)
     header.pop("__metadata__", None)
 
-    mapping = MappedFile(path, data_start + data_bytes)
+    file, data_bytes = OpenFile(path, seen), seen.st_size - data_start
     refs: dict[str, TensorRef] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         shape, dtype, begin, end = _check_entry(path, name, entry)
         spans.append((begin, end, name))
-        place = data_start + begin, data_start + end
-        load = partial(_view, mapping, *place, shape, dtype)
-        refs[name] = TensorRef(path, name, shape, dtype, load, partial(mapping.first, *place))
+        stored = StoredBytes(file, data_start + begin, end - begin, name)
+        refs[name] = plain_ref(stored, shape, dtype)
     _check_spans(path, spans, data_bytes)
     return refs
 
@@ -78,12 +75,13 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
     return entries
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Header, byte where the data starts, bytes of data."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, os.stat_result]:
+    """Header, byte where the data starts, what the file is like."""
     refuse_pointer(path)
     try:
         with path.open("rb") as file:
-            file_bytes = path.stat().st_size
+            seen = os.fstat(file.fileno())
+            file_bytes = seen.st_size
             length = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
                 raise CheckpointError(f"{path}: not a safetensors file; download it again")
@@ -96,7 +94,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise unreadable(path, error) from None
     try:
-        return parse_object(text), 8 + length, file_bytes - 8 - length
+        return parse_object(text), 8 + length, seen
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (header: {error}); download it again") from None
 
@@ -141,10 +139,3 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
         position = end
     if position != data_bytes:
         raise CheckpointError(f"{path}: {data_bytes - position} bytes after the last tensor; {_DAMAGED}")
-
-
-def _view(mapping: MappedFile, begin: int, end: int, shape: tuple[int, ...], dtype: str) -> Tensor:
-    data = mapping.view(begin, end)
-    if begin % ITEM_BYTES[dtype]:  # the format does not promise alignment, torch needs it
-        data = data.clone()
-    return data.view(torch_dtype(dtype)).view(shape)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,9 @@ from wanfast.errors import CheckpointError
 from wanfast.stored import ScaledWeight
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wanfast.open_file import Where
     from wanfast.stored import Weight
 
 _LOG = logging.getLogger(__name__)
@@ -174,22 +178,42 @@ def _take(refs: dict[str, TensorRef], reader: Reader, name: str, weight: TensorR
 
 def _scaled_ref(weight: TensorRef, scale: TensorRef | None, *, kind: str = "") -> TensorRef:
     scale_bytes = 0 if scale is None else scale.num_bytes
+    by_rows = weight.rows is not None and (scale is None or scale.shape in ((), (weight.shape[0], 1)))
     return replace(
         weight,
         dtype_name=_EXPANDS_TO,
         load=partial(_load_scaled, weight, scale, kind),
+        rows=partial(_load_rows, weight, scale, kind) if by_rows else None,
         stored_as=weight.dtype_name,
         stored_bytes=weight.num_bytes + scale_bytes,
         is_ready=kind in (_ROTATED, _NARROW),
     )
 
 
-def _load_scaled(weight: TensorRef, scale: TensorRef | None, kind: str) -> Weight:
+def _load_scaled(weight: TensorRef, scale: TensorRef | None, kind: str, where: Where) -> Weight:
+    return _as_scaled(weight.load(where), _load_scales(scale, where), kind)
+
+
+def _load_rows(weight: TensorRef, scale: TensorRef | None, kind: str, rows: Sequence[int]) -> Weight:
+    assert weight.rows is not None, "a plain tensor of two axes"
+    scales = _load_scales(scale, "cpu")
+    return _as_scaled(weight.rows(rows), scales[list(rows)] if scales.dim() else scales, kind)
+
+
+def _load_scales(scale: TensorRef | None, where: Where) -> Tensor:
     import torch
 
-    values, scales = weight.load(), torch.ones(()) if scale is None else scale.load()
-    assert isinstance(values, torch.Tensor) and isinstance(scales, torch.Tensor)
-    scales = scales.to(torch.float32).reshape(() if scale is None else scale.shape)
+    if scale is None:
+        return torch.ones((), device=where)
+    scales = scale.load(where)
+    assert isinstance(scales, torch.Tensor)
+    return scales.to(torch.float32).reshape(scale.shape)
+
+
+def _as_scaled(values: Weight, scales: Tensor, kind: str) -> ScaledWeight:
+    import torch
+
+    assert isinstance(values, torch.Tensor)
     return ScaledWeight(
         values.contiguous(),
         scales.contiguous(),
@@ -207,11 +231,11 @@ def _official_patches(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
         return refs
     shape = (ref.shape[0], ref.shape[1] // patch, *_PATCH_SIZE)
 
-    def load() -> Weight:
+    def load(where: Where) -> Weight:
         import torch
 
-        weight = ref.load()
+        weight = ref.load(where)
         assert isinstance(weight, torch.Tensor)
         return weight.reshape(shape)
 
-    return refs | {"patch_embedding.weight": replace(ref, shape=shape, load=load)}
+    return refs | {"patch_embedding.weight": replace(ref, shape=shape, load=load, rows=None)}

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from types import MethodType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -145,15 +145,15 @@ def check_module(part: str, module: Any) -> None:
             )
 
 
-def _pairs(module: Any, wanted: nn.Module | None, name: str = "") -> Iterator[tuple[str, Any, nn.Module | None]]:
+def _pairs(module: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yield a module and all within, each with its original; what PEFT has put around a layer has none but itself."""
-    if isinstance(module, adapted_kind()):
+    if isinstance(module, cast(Any, adapted_kind())):
         for inner, child in module.named_modules():
             if inner.partition(".")[0] != "base_layer":
                 yield f"{name}.{inner}".rstrip("."), child, child
         module = module.get_base_layer()
     yield name, module, wanted
-    for child, original in () if wanted is None else wanted._modules.items():
+    for child, original in wanted._modules.items():
         yield from _pairs(module._modules[child], original, f"{name}.{child}".lstrip("."))
 
 

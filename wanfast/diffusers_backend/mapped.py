@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from wanfast.residency.mappings import FileRange, MappedFiles
+from wanfast.mappings import FileRange, MappedFiles
 
 _PIECE_BYTES = 1 << 24
 

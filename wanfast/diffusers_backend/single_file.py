@@ -24,7 +24,7 @@ def read_single_file(
         fp32_parts: parts of a tensor's name that keep it in fp32.
 
     Returns:
-        Arguments of WanTransformer3DModel, and its state dict; what needs no cast shares the file's pages.
+        Arguments of WanTransformer3DModel, and its state dict; in memory of its own.
 
     Raises:
         CheckpointError: the file cannot be read or is not a Wan 2.2 transformer; the message names file and tensor.
@@ -34,7 +34,7 @@ def read_single_file(
     shapes = expected_tensors(config)
     check_names(reader, shapes, part="diffusion transformer")
     if dtype is None:
-        dtype = reader.load("blocks.0.self_attn.q.weight").dtype
+        dtype = reader.dtype("blocks.0.self_attn.q.weight")
     state = {}
     for official, shape in shapes.items():
         name = dit_to_diffusers(official)

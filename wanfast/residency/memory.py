@@ -1,9 +1,11 @@
 """Amounts of memory: as text, of weights, and what is free on a device and in the host."""
 
+import ctypes
 import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,9 +117,27 @@ def free_host_memory(root: Path = Path("/")) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: the system pages weights out by itself, they are mapped files
+    except (OSError, StopIteration):  # not Linux: the system does not tell
         return sys.maxsize
     return min([free, *_cgroup_rooms(root)])
+
+
+def give_back_freed() -> None:
+    """Give the system what was freed and the C library holds for its next use.
+
+    glibc does so with tensors of less than 32 MiB, for each thread by itself: blocks that come and go, loaded by one
+    thread and let go by another, would take several times what they have. Source: man7.org, mallopt(3), malloc_trim(3).
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # which other C libraries lack
 
 
 # Of a cgroup of version 2 and 1: limit, usage, and the line of memory.stat with pages that can be dropped.

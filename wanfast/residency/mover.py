@@ -142,6 +142,7 @@ class Mover:
                     self._moved += 1
                     self.copied_bytes += block.layout.num_bytes
                     self._changed.notify_all()
+                del block  # what is not kept goes before the next one is loaded
         except BaseException as error:  # raised again where the block is needed
             with self._changed:
                 self._error = error

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from wanfast.mappings import MappedFiles
 from wanfast.out_of_memory import OutOfMemory, attempt
 from wanfast.residency.cuda import Cuda, CudaPin, CudaSlots
-from wanfast.residency.mappings import MappedFiles
-from wanfast.residency.memory import free_memory, named_tensors
+from wanfast.residency.memory import free_memory, give_back_freed, named_tensors
 from wanfast.residency.mover import Held, Mover, Traffic
 from wanfast.residency.moves import Key, plan_moves
 from wanfast.residency.read_ahead import ReadAhead
@@ -29,7 +29,7 @@ class Residency(Generic[Block]):
     """The blocks of a model's experts on one device, in as many equal slots as a budget allows.
 
     What is announced with `begin` is moved as `plan_moves` says, by a thread, ahead of its use. On a CPU with room for
-    an expert nothing moves: its blocks are used where they were loaded.
+    an expert nothing moves: its blocks are used where they were read to.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Residency(Generic[Block]):
         self._moved = Traffic()  # by movers that were stopped, into slots that are gone
         self._pass = 0  # counts passes, so that one that was left behind is known
         self._in_place: dict[Key, Block] = {}
-        self._own_in_place = 0  # bytes of those that are not mappings of files
+        self._own_in_place = 0  # bytes of those that are not mappings of somebody else's
         self._room = 0
-        self._keeps_own = True  # blocks in place that are no mappings
+        self._keeps_own = True  # blocks in place that take memory
         self._movers: list[Mover | ReadAhead] = []
         weakref.finalize(self, _stop, self._movers)  # when the process ends, at the latest
 
@@ -195,7 +195,7 @@ class Residency(Generic[Block]):
         return self._store.taken + self._own_in_place + sum(slot.nbytes for slot in slots)
 
     def shrink(self) -> bool:
-        """Do with half of the device's slots from here on, or in place with none but mapped blocks.
+        """Do with half of the device's slots from here on; in place, read each block for each use.
 
         Returns:
             Whether there was anything to spare.
@@ -282,7 +282,7 @@ class Residency(Generic[Block]):
         return bound is None or bound >= self._num_blocks * self._size_slots(experts)
 
     def _blocks_in_place(self, expert: str) -> Iterator[Block]:
-        """One expert at a time; what would not fit, and is not a mapped file, is loaded for each use."""
+        """One expert at a time; what would not fit is read for each use."""
         if any(name != expert for name, _ in self._in_place):
             self._leave_place()
         if not self._in_place:
@@ -292,6 +292,7 @@ class Residency(Generic[Block]):
         for index in range(self._num_blocks):
             block = self._in_place.get((expert, index))
             if block is None:
+                give_back_freed()
                 block = self._load(expert, index)
                 own = _own_bytes(block)
                 if own == 0 or (self._keeps_own and own <= self._room - self._own_in_place):
@@ -305,7 +306,7 @@ class Residency(Generic[Block]):
 
 
 def _own_bytes(block: object) -> int:
-    """Bytes of a block that are not a mapping of a file."""
+    """Bytes of a block that are not a mapping of a file, which somebody else made."""
     mapped = MappedFiles()
     return sum(tensor.nbytes for _, tensor in named_tensors(block) if mapped.find(tensor) is None)
 

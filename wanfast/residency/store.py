@@ -1,7 +1,8 @@
 """Blocks in host memory: pinned where that is allowed and there is room, else in their files until they are copied.
 
-A block of a file that needs no conversion costs no memory here: it is read anew for each copy, and the system keeps as
-much of the file in memory as it likes. A block that was converted is kept as far as there is room, else made again.
+A block that is used as its file has it costs no memory here, once it was loaded and checked: it is read anew for each
+copy but the first, and the system keeps as much of the file in memory as it likes. A block that was converted is kept
+as far as there is room, else made again.
 
 When room is short, what is needed last goes first: blocks that no announced copy needs any more, then those whose next
 copy is furthest away, the rule that also rules the slots. Nothing goes before that: the next generation needs it again,
@@ -9,19 +10,19 @@ and reading and rounding it anew takes far longer than a copy.
 """
 
 import math
-import os
 import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from wanfast.errors import CheckpointError
-from wanfast.residency.mappings import FileRange, MappedFiles
-from wanfast.residency.memory import free_host_memory
+from wanfast.mappings import FileRange, MappedFiles
+from wanfast.open_file import OpenFile, origin
+from wanfast.residency.memory import free_host_memory, give_back_freed
 from wanfast.residency.moves import Key
 from wanfast.residency.packing import Layout, Part, lay_out
 
@@ -29,52 +30,6 @@ RESERVE_BYTES = 2 * 2**30  # of the host, left to everything else
 
 # Gives uint8 [bytes] of host memory that a device copies from by itself, or None where the system refuses.
 Pin: TypeAlias = Callable[[int], Tensor | None]
-
-
-class OpenFile:
-    """A file that blocks are read from; a file that changes meanwhile is refused."""
-
-    def __init__(self, at: FileRange) -> None:
-        """Open it.
-
-        Raises:
-            OSError: it cannot be opened, or another file has its name now.
-        """
-        self.path = at.path
-        self._descriptor = os.open(at.path, os.O_RDONLY | os.O_CLOEXEC)
-        state = os.fstat(self._descriptor)
-        if (state.st_dev, state.st_ino) != at.inode:
-            self.close()
-            raise FileNotFoundError(f"{at.path}: is another file now")
-        self._written_at = state.st_mtime_ns
-
-    def read(self, offset: int, target: Tensor, name: str) -> None:
-        """Fill `target`, uint8 [n] on the CPU, from byte `offset`; `name` is for messages.
-
-        Raises:
-            CheckpointError: the bytes cannot be read, are not there any more, or were written to since it was opened.
-        """
-        view, done = memoryview(target.numpy().data), 0
-        try:
-            while done < len(view):
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{self.path}: {name} is cut short; the file was truncated while in use")
-                done += count
-            if os.fstat(self._descriptor).st_mtime_ns != self._written_at:
-                raise CheckpointError(f"{self.path}: {name} cannot be trusted; the file was written to while in use")
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {name} cannot be read ({error.strerror}); check the disk") from None
-
-    def will_read(self, offset: int, num_bytes: int) -> None:
-        """Let the system fetch what is read soon."""
-        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
-
-    def close(self) -> None:
-        """Close it; a second time does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +40,7 @@ class Piece:
     begin: int  # in the block
     num_bytes: int
     data: Tensor | None  # uint8 [num_bytes]
-    file: OpenFile | None = None  # instead of data
+    file: OpenFile | None = None  # where they are too, or instead
     offset: int = 0  # in the file
 
     def read(self, begin: int, target: Tensor) -> None:
@@ -122,9 +77,14 @@ class HostBlock:
             if piece.file is not None:
                 piece.file.will_read(piece.offset, piece.num_bytes)
 
+    def without_files(self) -> "HostBlock":
+        """Give the block without the memory of what can be read from files again."""
+        pieces = (piece if piece.file is None else replace(piece, data=None) for piece in self.pieces)
+        return replace(self, pieces=tuple(pieces))
+
     @property
     def own_bytes(self) -> int:
-        """Host memory that it takes; pages of files are not counted."""
+        """Host memory that it takes as long as it is kept: what is in no file."""
         return sum(piece.num_bytes for piece in self.pieces if piece.file is None)
 
 
@@ -150,8 +110,8 @@ class HostStore:
         self._taken = 0
         self._loading = threading.Lock()
         self._kept: dict[Key, HostBlock] = {}
-        self._files: dict[tuple[int, int], OpenFile] = {}
-        self._is_mapped = False  # whether the last block that was loaded is one of a file, or nearly so
+        self._files: dict[tuple[int, int], OpenFile] = {}  # that somebody else has mapped, by inode
+        self._is_in_file = False  # whether the last block that was loaded is as its file has it, or nearly so
         self._uses: dict[Key, list[int]] = {}  # announced copies of each block
         self._copies = 0  # of those announced, how many are under way or over
         self._waits: dict[Key, Callable[[], None]] = {}  # for the last copy of a block's pinned memory
@@ -197,13 +157,13 @@ class HostStore:
                 if is_copied_again:
                     block = self._in_pinned_memory(block, needed_at)
                 if block.is_pinned or self._make_room(block.own_bytes, needed_at):
-                    self._kept[key] = block
+                    self._kept[key] = block.without_files()
                     self._taken += block.own_bytes
             return block
 
     def can_keep(self, key: Key, num_bytes: int, *, is_copied_again: bool) -> bool:
         """Whether a block of at most so many bytes may be loaded long before its copy, at the cost of no other's."""
-        if self._is_mapped and not (is_copied_again and self._pin is not None):
+        if self._is_in_file and not (is_copied_again and self._pin is not None):
             return True
         return self._has_room(num_bytes) or self._last_needed(later_than=sys.maxsize) is not None
 
@@ -221,8 +181,6 @@ class HostStore:
         self._kept.clear()
         self._waits.clear()
         self._taken = 0
-        for file in self._files.values():
-            file.close()
         self._files.clear()
 
     def _free(self) -> int:
@@ -306,17 +264,20 @@ class HostStore:
                 return memory
 
     def _describe(self, key: Key) -> HostBlock:
+        give_back_freed()
         layout, parts = lay_out(self._load(*key))
-        mapped = MappedFiles()
+        mapped = MappedFiles() if any(origin(part.data) is None for part in parts) else None
         names = [f"tensor {part.name} of {key[0]} block {key[1]}" for part in parts]
         pieces = tuple(self._piece(part, mapped, name) for part, name in zip(parts, names, strict=True))
         block = HostBlock(layout, pieces)
-        self._is_mapped = block.own_bytes < layout.num_bytes // 2
+        self._is_in_file = 2 * block.own_bytes < sum(piece.num_bytes for piece in pieces)
         return block
 
-    def _piece(self, part: Part, mapped: MappedFiles, name: str) -> Piece:
-        begin, size = part.place.offset, part.data.nbytes
-        at = mapped.find(part.data)
+    def _piece(self, part: Part, mapped: MappedFiles | None, name: str) -> Piece:
+        begin, size, read = part.place.offset, part.data.nbytes, origin(part.data)
+        if read is not None:
+            return Piece(name, begin, size, part.data, read.file, read.offset)
+        at = None if mapped is None else mapped.find(part.data)
         file = None if at is None else self._open(at)
         if at is None or file is None:
             return Piece(name, begin, size, part.data)
@@ -325,7 +286,12 @@ class HostStore:
     def _open(self, at: FileRange) -> OpenFile | None:
         if at.inode not in self._files:
             try:
-                self._files[at.inode] = OpenFile(at)
-            except OSError:  # renamed or deleted: its mapping still holds the right bytes
+                seen = at.path.stat()
+                file = OpenFile(at.path, seen)
+                file.open()
+            except (OSError, CheckpointError):  # deleted: its mapping still holds the right bytes
                 return None
+            if (seen.st_dev, seen.st_ino) != at.inode:  # another file has its name now
+                return None
+            self._files[at.inode] = file
         return self._files[at.inode]

@@ -4,7 +4,9 @@ Source: Wan-Video/Wan2.2, wan/modules/t5.py.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,10 +42,10 @@ class TextBlockWeights:
 class TextOuterWeights:
     """Weights outside the blocks.
 
-    A prompt uses a few rows of the token table, a fifth of the bytes: it stays memory-mapped, as the file stores it.
+    A prompt uses a few rows of the token table, a fifth of the bytes: these are read when they are looked up.
     """
 
-    token_table: Weight  # [vocab, C], as stored; better left on the host
+    token_rows: Callable[[list[int]], Weight]  # gives rows of the table, [T, C], as stored, on the host
     norm: Tensor  # [C]; its dtype and device are those the encoder computes in
     file: Path  # that holds the token table
 
@@ -142,12 +144,12 @@ def load_outer(reader: Reader, config: TextConfig, dtype: torch.dtype) -> TextOu
     Raises:
         CheckpointError: a tensor is missing, mis-shaped or not of a float dtype, or the norm is not finite.
     """
-    table, want = reader.load(_TABLE), (config.vocab_size, config.dim)
-    if tuple(table.shape) != want or not table.dtype.is_floating_point:
-        found = f"{str(table.dtype).removeprefix('torch.')} {list(table.shape)}"
+    shape, dtype_found, want = reader.shape(_TABLE), reader.dtype(_TABLE), (config.vocab_size, config.dim)
+    if shape != want or not dtype_found.is_floating_point:
+        found = f"{str(dtype_found).removeprefix('torch.')} {list(shape)}"
         raise CheckpointError(f"{reader.where(_TABLE)} is {found}, expected floating-point {list(want)}")
     norm = read_tensor(reader, "norm.weight", (config.dim,), dtype=dtype)
-    return TextOuterWeights(token_table=table, norm=norm, file=reader.file_of(_TABLE))
+    return TextOuterWeights(token_rows=partial(reader.load_rows, _TABLE), norm=norm, file=reader.file_of(_TABLE))
 
 
 def embed_tokens(ids: Tensor, outer: TextOuterWeights) -> Tensor:
@@ -161,14 +163,12 @@ def embed_tokens(ids: Tensor, outer: TextOuterWeights) -> Tensor:
         [T, C] in the norm's dtype, on its device.
 
     Raises:
-        CheckpointError: a row is not finite.
+        CheckpointError: a row cannot be read, or is not finite.
     """
-    table, ids = outer.token_table, ids.to(outer.token_table.device)
-    if isinstance(table, GGUFWeight):  # expand what is looked up, not the table
-        rows = expand(replace(table, blocks=table.blocks[ids], dtype=outer.norm.dtype))
-    else:
-        rows = expand(table)[ids]
-    rows = rows.to(device=outer.norm.device, dtype=outer.norm.dtype)
+    stored = outer.token_rows(ids.tolist())
+    if isinstance(stored, GGUFWeight):
+        stored = replace(stored, dtype=outer.norm.dtype)  # rounded once
+    rows = expand(stored).to(device=outer.norm.device, dtype=outer.norm.dtype)
     finite = rows.isfinite().all(-1)
     if not bool(finite.all()):
         bad = ids.tolist()[finite.tolist().index(False)]

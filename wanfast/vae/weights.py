@@ -180,7 +180,7 @@ class _Source:
         return tensor.to(self.device, self.dtype, copy=copy)
 
     def owned(self, name: str) -> Tensor:
-        """In memory of its own: a single view of a file would keep all of it mapped."""
+        """In memory of its own, whoever gave the tensor."""
         return self.placed(self.stored(name), copy=True)
 
 

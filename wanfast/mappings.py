@@ -1,4 +1,4 @@
-"""Which bytes of which file a tensor in memory is a mapping of.
+"""Which bytes of which file a tensor is a mapping of, where somebody else mapped it.
 
 Such a tensor costs no memory, and can be read from its file instead: a read that fails is an error with a name, where a
 mapped page that cannot be read kills the process.
