@@ -248,10 +248,12 @@ def test_a_batch_that_is_killed_goes_on(where: str, clips: Path, whole_batch: di
     code = f"""
 import os, signal, sys, time
 from pathlib import Path
+import torch
 import wanfast.batch as batch
 import wanfast.run_state as run_state
 from wanfast.mp4 import Mp4Encoder
 from wanfast.__main__ import main
+torch.set_num_threads({torch.get_num_threads()})  # another number of them sums in another order
 run_state.KEEP_AFTER_SECONDS = 0.0
 batch.GROUP_BYTES = 1
 def finished():

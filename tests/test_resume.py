@@ -120,8 +120,10 @@ def test_a_killed_run_goes_on(models: Callable[[str], Path]) -> None:
     assert main(line(models("t2v"), output="whole.mp4")) == 0
     code = f"""
 import os, signal, sys
+import torch
 import wanfast.run_state as run_state
 from wanfast.__main__ import main
+torch.set_num_threads({torch.get_num_threads()})  # another number of them sums in another order
 run_state.KEEP_AFTER_SECONDS = 0.0
 own = run_state.RunKeeper.update
 def update(self, state):
