@@ -22,13 +22,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def problem(shape: tuple[int, ...], out_channels: int, seen: int, kernel: tuple[int, ...]):
     """x [B, C, T, H, W], its history of `seen` frames, weight and bias."""
     batch, channels, _, height, width = shape

@@ -41,13 +41,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
     values = torch.randn(shape).to(dtype)
     return values.contiguous(memory_format=CL3D) if len(shape) == 5 else values

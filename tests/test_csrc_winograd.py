@@ -24,13 +24,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def frames(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=CL3D)
 
